@@ -1,0 +1,271 @@
+"""Adapters: LoRA on the attention projections, and the condition branch, in two safetensors files.
+
+`pytorch_lora_weights.safetensors` loads in a plain diffusers `CogVideoXPipeline`; `realgeneral.safetensors` holds the condition
+AdaLN and embeddings, and in its metadata everything that must agree when it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import CogVideoXPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import rgkernels
+from realgeneral.errors import Failure, UsageError
+from realgeneral.tasks import get_task
+from realgeneral.transformer import RealGeneralTransformer3DModel
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+CONDITION_FILE = "realgeneral.safetensors"
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+GEOMETRY_KEYS = (
+    "num_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "text_embed_dim",
+    "time_embed_dim",
+    "patch_size",
+    "patch_size_t",
+    "use_rotary_positional_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What travels with an adapter and is checked on load.
+
+    Args:
+        preset: Preset that it was trained in.
+        tasks: Task specs, such as "deblurring:radius=16.0"; their order is the order of the task embedding's rows.
+        base: Name of the base checkpoint (hub id or folder name), for people.
+        rank: LoRA rank.
+        alpha: LoRA alpha; the scale is alpha / rank.
+        geometry: The base's config entries that fix shapes and positions.
+        versions: Library versions that wrote it.
+    """
+
+    preset: str
+    tasks: tuple[str, ...]
+    base: str
+    rank: int
+    alpha: float
+    geometry: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks without their options."""
+        return tuple(get_task(spec).name for spec in self.tasks)
+
+    def task_spec(self, name: str) -> str:
+        """The spec that this adapter was trained with for a task; UsageError if it was not trained for it."""
+        if name not in self.task_names:
+            raise UsageError(f"task must be one that the adapter was trained for, {list(self.task_names)}, got {name!r}")
+        return self.tasks[self.task_names.index(name)]
+
+    def to_metadata(self) -> dict[str, str]:
+        """Safetensors metadata: strings, with JSON for everything that is not one."""
+        return {
+            "format": "pt",
+            "preset": self.preset,
+            "tasks": json.dumps(list(self.tasks)),
+            "base": self.base,
+            "rank": str(self.rank),
+            "alpha": str(self.alpha),
+            "geometry": json.dumps(self.geometry, sort_keys=True),
+            "versions": json.dumps(self.versions, sort_keys=True),
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, str], path: Path) -> AdapterInfo:
+        """Read what `to_metadata` wrote; Failure that names the file if an entry is missing."""
+        try:
+            return cls(
+                preset=metadata["preset"],
+                tasks=tuple(json.loads(metadata["tasks"])),
+                base=metadata["base"],
+                rank=int(metadata["rank"]),
+                alpha=float(metadata["alpha"]),
+                geometry=json.loads(metadata["geometry"]),
+                versions=json.loads(metadata["versions"]),
+            )
+        except (KeyError, ValueError) as error:
+            raise Failure(f"{path} must carry RealGeneral's metadata, got a file without a valid {error}") from None
+
+
+def geometry_of(transformer: Any) -> dict[str, Any]:
+    """The config entries by which two bases are told apart."""
+    return {key: transformer.config[key] for key in GEOMETRY_KEYS}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions for an adapter's metadata."""
+    return {"rgkernels": rgkernels.__version__, "diffusers": diffusers.__version__, "torch": torch.__version__}
+
+
+def add_lora(
+    transformer: RealGeneralTransformer3DModel, rank: int, alpha: float | None = None, targets: Sequence[str] = LORA_TARGETS
+) -> None:
+    """Add a fresh LoRA (B = 0, so nothing changes yet) and leave only it and the condition branch trainable.
+
+    Args:
+        transformer: The model; changed in place.
+        rank: LoRA rank r.
+        alpha: LoRA alpha, None = r.
+        targets: Names of the linear layers, as PEFT matches them.
+    """
+    if rank < 1:
+        raise UsageError(f"rank must be at least 1, got {rank}")
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets)))
+    mark_trainable(transformer)
+
+
+def mark_trainable(transformer: RealGeneralTransformer3DModel) -> list[nn.Parameter]:
+    """Freeze everything but LoRA and the condition branch, keep those in float32, and return them."""
+    trainable = []
+    for name, parameter in transformer.named_parameters():
+        wanted = ".lora_" in name or name.startswith(("condition_embedding.", "condition_adaln."))
+        parameter.requires_grad_(wanted)
+        if wanted:
+            parameter.data = parameter.data.float()
+            trainable.append(parameter)
+    return trainable
+
+
+def adapter_info(transformer: RealGeneralTransformer3DModel, tasks: Sequence[str], base: str) -> AdapterInfo:
+    """Describe a transformer that carries a LoRA."""
+    config = transformer.peft_config["default"]
+    return AdapterInfo(
+        preset=transformer.config.preset,
+        tasks=tuple(get_task(spec).spec for spec in tasks),
+        base=os.path.basename(os.path.normpath(base)) if os.path.isdir(base) else base,
+        rank=config.r,
+        alpha=float(config.lora_alpha),
+        geometry=geometry_of(transformer),
+        versions=library_versions(),
+    )
+
+
+def save_adapter(
+    transformer: RealGeneralTransformer3DModel,
+    folder: str | os.PathLike[str],
+    info: AdapterInfo,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write both files; an existing adapter in `folder` stays intact until the new one is complete.
+
+    Args:
+        transformer: Model with a LoRA named "default".
+        folder: Created if missing.
+        info: From `adapter_info`.
+        dtype: Dtype on disk, None = as trained.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    cast = (lambda x: x.detach().cpu().contiguous()) if dtype is None else (lambda x: x.detach().to("cpu", dtype).contiguous())
+    lora = {name: cast(x) for name, x in get_peft_model_state_dict(transformer).items()}
+    metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in transformer.peft_config["default"].to_dict().items()}
+    CogVideoXPipeline.save_lora_weights(
+        str(partial), transformer_lora_layers=lora, transformer_lora_adapter_metadata=metadata, weight_name=LORA_FILE
+    )
+    branch = {name: cast(x) for name, x in transformer.condition_parameters().items()}
+    save_file(branch, partial / CONDITION_FILE, info.to_metadata())
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (LORA_FILE, CONDITION_FILE):
+        os.replace(partial / name, folder / name)
+    partial.rmdir()
+
+
+def read_adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
+    """Read an adapter's metadata without its weights; Failure if a file is missing or unreadable."""
+    path = _existing(folder, CONDITION_FILE)
+    try:
+        with safe_open(path, "pt") as file:
+            return AdapterInfo.from_metadata(file.metadata() or {}, path)
+    except SafetensorError as error:
+        raise Failure(f"{path} must be a complete safetensors file, got: {error}") from None
+
+
+def load_adapter(
+    transformer: RealGeneralTransformer3DModel, folder: str | os.PathLike[str], *, preset: str | None = None
+) -> AdapterInfo:
+    """Load an adapter into a model of its base; tasks and preset of the model become the adapter's.
+
+    Args:
+        transformer: A model without a LoRA; changed in place.
+        folder: Folder with the two files.
+        preset: If given, the preset that the adapter must have been trained in.
+
+    Returns:
+        The adapter's description.
+
+    Raises:
+        UsageError: It was trained on another base geometry or in another preset.
+        Failure: A file is missing, truncated, or the two do not belong together.
+    """
+    info = read_adapter_info(folder)
+    own = geometry_of(transformer)
+    different = {k: (info.geometry.get(k), own[k]) for k in GEOMETRY_KEYS if info.geometry.get(k) != own[k]}
+    if different:
+        listed = ", ".join(f"{k} = {theirs} (this base: {ours})" for k, (theirs, ours) in different.items())
+        raise UsageError(f"adapter must be for this base, got one trained on {info.base!r} with {listed}")
+    if preset is not None and preset != info.preset:
+        raise UsageError(f"adapter must be of preset {preset!r}, got one trained in preset {info.preset!r}")
+    lora_path = _existing(folder, LORA_FILE)
+    branch_path = _existing(folder, CONDITION_FILE)
+    transformer.configure_condition(info.task_names, info.preset)
+    try:
+        with safe_open(lora_path, "pt"):
+            pass
+        with safe_open(branch_path, "pt") as file:
+            branch = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise Failure(f"{lora_path.parent} must hold complete safetensors files, got: {error}") from None
+    copy_branch(transformer, branch, branch_path)
+    transformer.load_lora_adapter(str(folder), prefix="transformer", weight_name=LORA_FILE, adapter_name="default")
+    for parameter in mark_trainable(transformer):
+        # inference runs in the base's dtype; a trainer that goes on calls mark_trainable again
+        parameter.data = parameter.data.to(transformer.proj_out.weight.dtype)
+        parameter.requires_grad_(False)
+    rank = transformer.peft_config["default"].r
+    if rank != info.rank:
+        raise Failure(f"{lora_path} must have rank {info.rank} like {CONDITION_FILE}, got {rank}")
+    return info
+
+
+@torch.no_grad()
+def copy_branch(transformer: RealGeneralTransformer3DModel, branch: dict[str, torch.Tensor], path: Path) -> None:
+    """Copy the tensors of a condition branch into a model; Failure if names or shapes differ."""
+    own = transformer.condition_parameters()
+    if own.keys() != branch.keys():
+        odd = sorted(own.keys() ^ branch.keys())[0]
+        raise Failure(
+            f"{path} must hold the {len(own)} tensors of this base's condition branch, got {len(branch)}; first odd: {odd}"
+        )
+    for name, parameter in own.items():
+        if parameter.shape != branch[name].shape:
+            raise Failure(f"{name} in {path} must have shape {list(parameter.shape)}, got {list(branch[name].shape)}")
+        parameter.copy_(branch[name])
+
+
+def _existing(folder: str | os.PathLike[str], name: str) -> Path:
+    path = Path(folder) / name
+    if not path.is_file():
+        raise Failure(f"adapter folder {folder} must hold {name}, found none")
+    return path

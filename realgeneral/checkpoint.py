@@ -1,0 +1,157 @@
+"""Checkpoints and logs of a training run: written whole or not at all, and enough to continue exactly.
+
+A checkpoint `checkpoints/step-000200/` holds the adapter (as trained, float32) and `training_state.pt` (optimizer, average,
+step, settings; read with `weights_only=True`). Random numbers need no state: they are functions of (seed, step).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from realgeneral.adapter import CONDITION_FILE, LORA_FILE, AdapterInfo, copy_branch, save_adapter
+from realgeneral.config import TrainConfig, check_resumable
+from realgeneral.errors import Failure, UsageError
+
+STATE_FILE = "training_state.pt"
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = (output / "checkpoints").glob("step-*")
+    return sorted(p for p in found if p.suffix == "" and (p / STATE_FILE).is_file())
+
+
+def start_or_resume(config: TrainConfig, output: Path) -> Path | None:
+    """The checkpoint to continue from, or None for a fresh run.
+
+    Raises:
+        UsageError: The folder holds a run and `resume` is off, or the settings differ from that run's.
+        Failure: The output cannot be made a folder.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"output must be a folder that can be written, got {output}: {error.strerror}") from None
+    found = checkpoints(output)
+    if not found:
+        return None
+    if not config.resume:
+        raise UsageError(f"output must be a new folder, got {output} which holds {found[-1].name}; add --resume to continue it")
+    old = torch.load(found[-1] / STATE_FILE, weights_only=True, map_location="cpu")["config"]
+    check_resumable(old, config)
+    return found[-1]
+
+
+def save(output: Path, config: TrainConfig, info: AdapterInfo, step: int, transformer: Any, optimizer: Any, ema: Any) -> Path:
+    """Write `step-NNNNNN` beside its final name, rename it, and drop the oldest beyond `keep_checkpoints`."""
+    final = output / "checkpoints" / f"step-{step:06d}"
+    partial = final.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save_adapter(transformer, partial, info)
+        state = {
+            "step": step,
+            "config": asdict(config),
+            "optimizer": optimizer.state_dict(),
+            "ema": ema.state_dict() if ema is not None else None,
+        }
+        torch.save(state, partial / STATE_FILE)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise Failure(
+            f"checkpoint of step {step} could not be written to {final.parent} ({error}); earlier ones are intact"
+        ) from None
+    for old in checkpoints(output)[: -config.keep_checkpoints]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load(folder: Path, transformer: Any, optimizer: Any, ema: Any) -> int:
+    """Restore weights, optimizer and average; returns the number of steps done."""
+    copy_branch(transformer, load_file(folder / CONDITION_FILE), folder / CONDITION_FILE)
+    lora = {name.removeprefix("transformer."): x for name, x in load_file(folder / LORA_FILE).items()}
+    set_peft_model_state_dict(transformer, lora)
+    state = torch.load(folder / STATE_FILE, weights_only=True, map_location="cpu")
+    optimizer.load_state_dict(state["optimizer"])
+    if ema is not None:
+        ema.load_state_dict(state["ema"])
+    return int(state["step"])
+
+
+class MetricsLog:
+    """`metrics.jsonl`, one row per step; rows past the checkpoint that a run resumes from are dropped, since they run again."""
+
+    def __init__(self, path: Path, start: int, tensorboard: bool) -> None:
+        self.path = path
+        self.bad: list[str] = []
+        kept = []
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [row for row in map(_parse, lines) if row is not None and row["step"] <= start]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(partial, path)
+        self.losses: list[float] = [row["loss"] for row in kept]
+        self.writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(path.parent / "tensorboard"), purge_step=start + 1)
+
+    def skipped(self, rows: list[str]) -> None:
+        """Note bad rows; each is told once."""
+        for row in rows:
+            if row not in self.bad:
+                self.bad.append(row)
+                print(f"skipped: {row}", flush=True)
+
+    def step(self, step: int, losses: torch.Tensor, tasks: list[str], seconds: float, config: TrainConfig, bar: Any) -> None:
+        """Write one row: mean loss, loss by task, learning-rate-free speed."""
+        by_task: dict[str, list[float]] = defaultdict(list)
+        for task, value in zip(tasks, losses.tolist(), strict=False):
+            by_task[task].append(value)
+        loss = losses.mean().item()
+        row: dict[str, Any] = {
+            "step": step,
+            "loss": loss,
+            "samples_per_second": round(len(losses) / seconds, 2),
+            "tasks": {task: sum(values) / len(values) for task, values in sorted(by_task.items())},
+        }
+        self.losses.append(loss)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if step % config.log_every == 0:
+            recent = self.losses[-config.log_every :]
+            bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", samples_s=row["samples_per_second"])
+            if self.writer is not None:
+                self.writer.add_scalar("loss", sum(recent) / len(recent), step)
+                for task, value in row["tasks"].items():
+                    self.writer.add_scalar(f"loss/{task}", value, step)
+                self.writer.flush()
+
+    def summary(self, steps: int, adapter: Path) -> dict[str, Any]:
+        """What `train` returns."""
+        tail = self.losses[-max(1, steps // 10) :]
+        loss = sum(tail) / len(tail) if tail else float("nan")
+        return {"loss": loss, "steps": steps, "skipped": len(self.bad), "adapter": str(adapter), "log": str(self.path)}
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    # a killed run may leave half a line
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None

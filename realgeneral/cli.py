@@ -1,0 +1,95 @@
+"""The `realgeneral` command: one-line errors, exit status 2 for usage and 1 for failures."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from realgeneral.errors import UsageError
+
+USAGE = """usage: realgeneral COMMAND [options]
+
+  demo       generate with the small shipped model and train it for a minute, on a CPU
+  train      train an adapter (LoRA + condition branch) on a frozen CogVideoX
+  generate   one image from a prompt and a condition picture
+  evaluate   held-out table of an adapter
+
+realgeneral COMMAND --help lists the options of a command."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(f"realgeneral: command must be one of {list(COMMANDS)}, got {command!r}", file=sys.stderr)
+        return 2
+    try:
+        COMMANDS[command](rest)
+        return 0
+    except KeyboardInterrupt:
+        print(f"realgeneral {command}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:  # the last line of defence: every error is one line, the traceback on demand
+        if "--debug" in rest:
+            traceback.print_exc()
+        text = " ".join(str(error).split()) or type(error).__name__
+        known = isinstance(error, (UsageError, OSError)) or type(error).__name__ == "Failure"
+        print(f"realgeneral {command}: {text if known else f'{type(error).__name__}: {text}'}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def _parse(command: str, config: Any, arguments: list[str]) -> Any:
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(config, prog=f"realgeneral {command}", description=config.__doc__)
+    return parser.parse_args_into_dataclasses(arguments)[0]
+
+
+def _demo(arguments: list[str]) -> None:
+    from realgeneral.config import DemoConfig
+    from realgeneral.demo import demo
+
+    demo(_parse("demo", DemoConfig, arguments))
+
+
+def _train(arguments: list[str]) -> None:
+    from realgeneral.config import TrainConfig
+    from realgeneral.train import train
+
+    result = train(_parse("train", TrainConfig, arguments))
+    print(
+        f"loss {result['loss']:.4f} after {result['steps']} steps, {result['skipped']} rows skipped; "
+        f"adapter in {result['adapter']}"
+    )
+
+
+def _generate(arguments: list[str]) -> None:
+    from realgeneral.config import GenerateConfig
+    from realgeneral.generate import generate
+
+    for path in generate(_parse("generate", GenerateConfig, arguments)):
+        print(path)
+
+
+def _evaluate(arguments: list[str]) -> None:
+    from realgeneral.config import EvaluateConfig
+    from realgeneral.evaluate import evaluate
+
+    evaluate(_parse("evaluate", EvaluateConfig, arguments))
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "demo": _demo,
+    "train": _train,
+    "generate": _generate,
+    "evaluate": _evaluate,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

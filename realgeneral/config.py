@@ -1,0 +1,161 @@
+"""Settings of the commands, as frozen dataclasses; they are also the command line (`--learning-rate 1e-4`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from realgeneral.adapter import LORA_TARGETS
+from realgeneral.errors import UsageError
+
+
+def _opt(help: str, default: Any = None, *, many: tuple[str, ...] | None = None) -> Any:
+    if many is not None:
+        return field(default_factory=lambda: list(many), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """LoRA training of a RealGeneral adapter on a frozen CogVideoX, nano or real."""
+
+    base: str = _opt('CogVideoX checkpoint (folder or hub id), or "nano"', "nano")
+    data: str = _opt('folder, .parquet, .tar (WebDataset), or "nano"', "nano")
+    tasks: list[str] = _opt('task specs such as canny or "deblurring:radius=16"; rows that name a task use it', many=())
+    task_weights: list[float] = _opt("relative frequency of each task; default: equal", many=())
+    output: str = _opt("folder for checkpoints, samples, logs and the final adapter", "outputs/train")
+    preset: Literal["paper", "cached", "open"] = _opt("how condition tokens take part", "cached")
+    height: int = _opt("pixels; 0 = the base's own size", 0)
+    width: int = _opt("pixels; 0 = the base's own size", 0)
+    rank: int = _opt("LoRA rank", 64)
+    alpha: float = _opt("LoRA alpha; 0 = rank", 0.0)
+    lora_targets: list[str] = _opt("linear layers that get a LoRA", many=LORA_TARGETS)
+    init_adapter: str = _opt("start from this adapter instead of a fresh one", "")
+    steps: int = _opt("optimizer steps", 1000)
+    batch_size: int = _opt("samples per device and micro-step", 8)
+    gradient_accumulation_steps: int = _opt("micro-steps per optimizer step", 1)
+    learning_rate: float = _opt("peak learning rate of AdamW", 2e-4)
+    weight_decay: float = _opt("AdamW weight decay", 0.01)
+    warmup_steps: int = _opt("linear warm-up", 50)
+    lr_schedule: Literal["cosine", "constant"] = _opt("after the warm-up", "cosine")
+    max_grad_norm: float = _opt("gradient clipping", 1.0)
+    ema_decay: float = _opt("exponential moving average of the trained weights; 0 = off", 0.0)
+    text_dropout: float = _opt("probability of an empty prompt (classifier-free guidance)", 0.1)
+    condition_dropout: float = _opt("probability of an empty condition", 0.1)
+    mixed_precision: Literal["no", "bf16"] = _opt("bf16: base in bfloat16, trained weights in float32, autocast", "no")
+    gradient_checkpointing: bool = _opt("recompute activations in the backward pass", False)
+    fused_kernels: bool = _opt("run the model on the Triton kernels of rgkernels", False)
+    seed: int = _opt("seed of everything", 0)
+    save_every: int = _opt("steps between checkpoints", 200)
+    keep_checkpoints: int = _opt("how many of the newest checkpoints stay", 2)
+    sample_every: int = _opt("steps between sample grids; 0 = only at the end", 0)
+    sample_count: int = _opt("rows of a sample grid; 0 = none", 4)
+    sample_steps: int = _opt("denoising steps of a sample", 20)
+    guidance_scale: float = _opt("guidance of a sample", 3.0)
+    log_every: int = _opt("steps between log rows", 10)
+    num_workers: int = _opt("data-loading processes", 0)
+    resume: bool = _opt("continue from the newest checkpoint in --output, if there is one", False)
+    strict: bool = _opt("stop at the first bad row instead of skipping it", False)
+    tensorboard: bool = _opt("also write TensorBoard events", False)
+    debug: bool = _opt("show the traceback of an error", False)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "rank",
+            "save_every",
+            "keep_checkpoints",
+            "log_every",
+        ):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("text_dropout", "condition_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise UsageError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.task_weights and len(self.task_weights) != len(self.tasks):
+            raise UsageError(f"task_weights must have one entry per task ({len(self.tasks)}), got {len(self.task_weights)}")
+
+
+# settings that may differ between a run and its continuation without changing what is learned from the next batch
+RESUMABLE = frozenset(
+    "output resume debug save_every keep_checkpoints sample_every sample_count sample_steps guidance_scale log_every "
+    "num_workers strict tensorboard fused_kernels gradient_checkpointing".split()
+)
+
+
+def check_resumable(old: dict[str, Any], new: TrainConfig) -> None:
+    """UsageError that names the first setting by which a continuation would differ from its run."""
+    for item in fields(new):
+        if item.name in RESUMABLE or item.name not in old:
+            continue
+        if old[item.name] != getattr(new, item.name):
+            raise UsageError(f"{item.name} must be {old[item.name]!r} as in the run to resume, got {getattr(new, item.name)!r}")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """One or more images from a prompt and condition image(s)."""
+
+    prompt: str = _opt("what to make")
+    condition: list[str] = _opt("condition picture(s)", many=())
+    task: str = _opt("task, such as canny; options as in the adapter unless given")
+    picture: str = _opt("instead of --condition: a picture from which the task derives its condition", "")
+    mask: str = _opt("inpainting: the part of --picture to fill, white", "")
+    subject: str = _opt("words of the prompt that name the subject", "")
+    negative_prompt: str = _opt("what to avoid", "")
+    adapter: str = _opt('adapter folder, or "nano"', "nano")
+    base: str = _opt('CogVideoX checkpoint (folder or hub id), or "nano"', "nano")
+    output: str = _opt("PNG to write; -1, -2, ... are added for more than one image", "outputs/generate.png")
+    height: int = _opt("pixels; 0 = the base's own size", 0)
+    width: int = _opt("pixels; 0 = the base's own size", 0)
+    steps: int = _opt("denoising steps", 50)
+    guidance_scale: float = _opt("classifier-free guidance", 6.0)
+    num_images: int = _opt("images to make", 1)
+    seed: int = _opt("random seed", 0)
+    dtype: Literal["float32", "bfloat16", "float16"] = _opt("dtype of the models", "float32")
+    offload: bool = _opt("keep on the GPU only the model that runs", False)
+    fused_kernels: bool = _opt("run the model on the Triton kernels of rgkernels", False)
+    debug: bool = _opt("show the traceback of an error", False)
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "task"):
+            if not getattr(self, name):
+                raise UsageError(f"--{name} must be given, got none")
+        for name in ("steps", "num_images"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What `make demo` runs: generation with the shipped adapter, then a short training, on the CPU."""
+
+    output: str = _opt("folder for pictures and metrics.json", "outputs/demo")
+    concepts: int = _opt("held-out concepts per task", 4)
+    steps: int = _opt("denoising steps", 20)
+    train_steps: int = _opt("optimizer steps of the short training; 0 = none", 120)
+    train_task: str = _opt("task of the short training", "colouring")
+    guidance_scale: float = _opt("classifier-free guidance", 2.0)
+    seed: int = _opt("random seed", 0)
+    fused_kernels: bool = _opt("run the model on the Triton kernels of rgkernels", False)
+    debug: bool = _opt("show the traceback of an error", False)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """The held-out table of the nano model: adapter against copying the condition and against the un-adapted base."""
+
+    adapter: str = _opt('adapter folder, or "nano"', "nano")
+    base: str = _opt('checkpoint folder, or "nano"', "nano")
+    tasks: list[str] = _opt("task names; default: all of the adapter's", many=())
+    output: str = _opt("folder for tables and pictures", "outputs/evaluate")
+    concepts: int = _opt("held-out concepts per task", 150)
+    steps: int = _opt("denoising steps", 20)
+    guidance_scale: float = _opt("classifier-free guidance", 2.0)
+    batch_size: int = _opt("images at once", 25)
+    seed: int = _opt("random seed", 0)
+    debug: bool = _opt("show the traceback of an error", False)

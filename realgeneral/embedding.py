@@ -1,0 +1,94 @@
+"""Unified Condition Embedding: what a condition image is for, added to its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class UnifiedConditionEmbedding(nn.Module):
+    """x_c = patch(z_c) + E_task[task] + W_s pool(T5[subject span]).
+
+    Both terms start at zero, so that a fresh model equals its base.
+
+    Args:
+        num_tasks: Number of tasks, rows of E_task.
+        dim: Width d of the transformer.
+        text_embed_dim: Width of the text encoder's output.
+
+    Source:
+        RealGeneral, figure "Unified Stream DiT Block": Condition Embedding and Subject-Specific Embedding.
+    """
+
+    def __init__(self, num_tasks: int, dim: int, text_embed_dim: int) -> None:
+        super().__init__()
+        self.task = nn.Embedding(num_tasks, dim)
+        self.subject = nn.Linear(text_embed_dim, dim, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero both terms."""
+        nn.init.zeros_(self.task.weight)
+        nn.init.zeros_(self.subject.weight)
+
+    def forward(self, task_ids: Tensor, subject_embeds: Tensor | None) -> Tensor:
+        """The vector that is added to every condition token.
+
+        Args:
+            task_ids: Index of the task, [B] int64.
+            subject_embeds: Mean text feature of the prompt's subject span, [B, text_embed_dim]; zeros or None = no subject.
+
+        Returns:
+            [B, d].
+        """
+        embedding: Tensor = self.task(task_ids)
+        if subject_embeds is not None:
+            embedding = embedding + self.subject(subject_embeds.to(embedding.dtype))
+        return embedding
+
+
+def subject_span_mask(tokenizer: Any, prompts: Sequence[str], subjects: Sequence[str | None], max_length: int) -> Tensor:
+    """Which text tokens belong to each prompt's subject.
+
+    Args:
+        tokenizer: The pipeline's tokenizer; it must report character offsets (a "fast" tokenizer).
+        prompts: B prompts.
+        subjects: For each prompt the words in it that name the subject, or None.
+        max_length: Length of the text window.
+
+    Returns:
+        [B, max_length] float32, 1 on the subject's tokens.
+
+    Raises:
+        ValueError: A subject does not occur in its prompt, or lies past the text window.
+    """
+    mask = torch.zeros(len(prompts), max_length)
+    if not any(subjects):
+        return mask
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError("subject needs a tokenizer that reports character offsets (is_fast), got a slow one")
+    encoded = tokenizer(
+        list(prompts), padding="max_length", max_length=max_length, truncation=True, return_offsets_mapping=True
+    )
+    for row, (prompt, subject) in enumerate(zip(prompts, subjects, strict=True)):
+        if not subject:
+            continue
+        start = prompt.lower().find(subject.lower())
+        if start < 0:
+            raise ValueError(f"subject must occur in the prompt {prompt!r}, got {subject!r}")
+        stop = start + len(subject)
+        for column, (first, last) in enumerate(encoded["offset_mapping"][row]):
+            if first < stop and last > start and last > first:
+                mask[row, column] = 1.0
+        if not mask[row].any():
+            raise ValueError(f"subject must lie within the first {max_length} tokens of the prompt, got {subject!r}")
+    return mask
+
+
+def pool_subject(text_embeds: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the text features over the subject's tokens, [B, L, E] x [B, L] -> [B, E]; zeros where there is no subject."""
+    weights = mask.to(text_embeds)
+    return (weights[:, None] @ text_embeds)[:, 0] / weights.sum(1, keepdim=True).clamp(min=1)

@@ -1,0 +1,170 @@
+"""The held-out table: the adapter against copying the condition and against the un-adapted base, with confidence intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from realgeneral.adapter import library_versions
+from realgeneral.config import EvaluateConfig
+from realgeneral.data import PairDataset, Sample
+from realgeneral.errors import UsageError
+from realgeneral.metrics import edge_f1, psnr, retrieval_hits, ssim
+from realgeneral.nano.emoji import Concept
+from realgeneral.nano.pairs import TARGET_STYLES, NanoSource
+from realgeneral.pictures import picture_grid, save_picture
+from realgeneral.pipeline import RealGeneralPipeline
+from realgeneral.samples import to_picture
+from realgeneral.tasks import get_task
+from realgeneral.vae import fold_single_frame
+
+METHODS = ("adapter", "copy condition", "base")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out pairs of one task: one per concept, its style in turn."""
+
+    samples: list[Sample]
+    concepts: list[Concept]
+    styles: list[str]
+
+    @property
+    def truth(self) -> Tensor:
+        """Targets, [B, 3, H, W] in [0, 1]."""
+        return torch.stack([s.target for s in self.samples]) / 2 + 0.5
+
+    @property
+    def conditions(self) -> Tensor:
+        """First conditions, [B, 3, H, W] in [0, 1]."""
+        return torch.stack([s.conditions[0] for s in self.samples]) / 2 + 0.5
+
+
+def held_out(spec: str, count: int, size: tuple[int, int], seed: int) -> HeldOut:
+    """The first `count` held-out concepts (all if there are fewer) as pairs of a task."""
+    source = NanoSource("held_out", augment=False)
+    dataset = PairDataset(source, [spec], [], size, seed, strict=True)
+    indices = [c * len(TARGET_STYLES) + c % len(TARGET_STYLES) for c in range(min(count, len(source.concepts)))]
+    return HeldOut(
+        [dataset.sample(i, seed * 1000 + i) for i in indices],
+        [source.concepts[i // len(TARGET_STYLES)] for i in indices],
+        [TARGET_STYLES[i % len(TARGET_STYLES)] for i in indices],
+    )
+
+
+def generate_all(pipe: RealGeneralPipeline, pairs: HeldOut, config: Any, progress: str = "") -> Tensor:
+    """Generate every pair in batches, [B, 3, H, W] in [0, 1]; noise depends on the sample, not on its batch."""
+    results = []
+    for start in tqdm(range(0, len(pairs.samples), config.batch_size), desc=progress, disable=not progress):
+        part = pairs.samples[start : start + config.batch_size]
+        results.append(
+            pipe(
+                [s.prompt for s in part],
+                [[to_picture(c) for c in s.conditions] for s in part],
+                task=part[0].task,
+                subject=[s.subject for s in part],
+                num_inference_steps=config.steps,
+                guidance_scale=config.guidance_scale,
+                generator=[torch.Generator().manual_seed(config.seed * 100_003 + start + i) for i in range(len(part))],
+                output_type="pt",
+            ).images
+        )
+    return torch.cat(results)
+
+
+def measures(task: str, pairs: HeldOut) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The metrics of a task by name; each takes images and gives one value per sample."""
+    truth = pairs.truth
+    if task == "customization":
+        # the gallery holds every compared concept in the style that was asked for
+        ranks = torch.arange(len(pairs.concepts))
+        gallery = torch.stack([_picture(c, s) for c, s in zip(pairs.concepts, pairs.styles, strict=True)])
+        return {
+            "same concept R@1": lambda x: retrieval_hits(x, gallery, ranks, 1),
+            "same concept R@5": lambda x: retrieval_hits(x, gallery, ranks, 5),
+            "SSIM": lambda x: ssim(x, truth),
+        }
+    table: dict[str, Callable[[Tensor], Tensor]] = {"SSIM": lambda x: ssim(x, truth), "PSNR dB": lambda x: psnr(x, truth)}
+    if task in ("canny", "image-to-sketch"):
+        table["edge F1"] = lambda x: edge_f1(x, truth)
+    return table
+
+
+def interval(values: Tensor) -> tuple[float, float]:
+    """Mean and half width of its 95 % confidence interval (normal approximation)."""
+    return values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Run the held-out comparison and write `table.md`, `results.json` and one grid per task.
+
+    Raises:
+        UsageError: A task that the adapter was not trained for.
+        RuntimeError: The image encoder of the extra "eval" is missing.
+    """
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    pipe = _pipeline(config, config.adapter)
+    assert pipe.adapter is not None
+    base = _pipeline(config, "")
+    base.transformer.configure_condition(pipe.adapter.task_names, pipe.adapter.preset)
+    results: dict[str, Any] = {}
+    for name in config.tasks or pipe.adapter.task_names:
+        spec = pipe.adapter.task_spec(get_task(name).name)
+        height, width = pipe._size(None, None)
+        pairs = held_out(spec, config.concepts, (width, height), config.seed)
+        images = {
+            "adapter": generate_all(pipe, pairs, config, f"{name}, adapter"),
+            "copy condition": pairs.conditions,
+            "base": generate_all(base, pairs, config, f"{name}, base"),
+        }
+        task = get_task(spec).name
+        scores = {m: {k: interval(fn(images[m])) for k, fn in measures(task, pairs).items()} for m in METHODS}
+        results[task] = {"count": len(pairs.samples), "scores": scores}
+        save_picture(comparison_grid(pairs, images, 12), output / f"{task}.png")
+        (output / "table.md").write_text(markdown(results), encoding="utf-8")
+        record = {"config": asdict(config), "versions": library_versions(), "adapter": asdict(pipe.adapter), "results": results}
+        (output / "results.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    print(markdown(results))
+    return results
+
+
+def comparison_grid(pairs: HeldOut, images: dict[str, Tensor], rows: int) -> Image.Image:
+    """condition | adapter | base | truth, for the first rows."""
+    columns = (pairs.conditions, images["adapter"], images["base"], pairs.truth)
+    pictures = [[to_picture(column[i] * 2 - 1) for column in columns] for i in range(min(rows, len(pairs.samples)))]
+    labels = [s.prompt[:28] for s in pairs.samples[: len(pictures)]]
+    return picture_grid(pictures, ("condition", "adapter", "base", "truth"), labels)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table as Markdown: one row per task and metric."""
+    lines = ["| task | metric | n | " + " | ".join(METHODS) + " |", "|---" * (3 + len(METHODS)) + "|"]
+    for task, result in results.items():
+        for metric in result["scores"]["adapter"]:
+            cells = [f"{mean:.3f} ± {half:.3f}" for mean, half in (result["scores"][m][metric] for m in METHODS)]
+            lines.append(f"| {task} | {metric} | {result['count']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _pipeline(config: EvaluateConfig, adapter: str) -> RealGeneralPipeline:
+    pipe = RealGeneralPipeline.from_pretrained(config.base, adapter=adapter or None)
+    if pipe.transformer.config.sample_height * pipe.vae_scale_factor_spatial != 64:
+        raise UsageError("base must be a 64 px model such as nano for the emoji table, got a larger one")
+    pipe.set_progress_bar_config(disable=True)
+    fold_single_frame(pipe.vae)
+    return pipe
+
+
+def _picture(concept: Concept, style: str) -> Tensor:
+    from realgeneral.pictures import to_pixels
+
+    return to_pixels(concept.image(style)) / 2 + 0.5

@@ -1,0 +1,23 @@
+"""`--fused-kernels`: which implementation of the ops a model runs on."""
+
+from __future__ import annotations
+
+import torch
+
+from realgeneral.errors import UsageError
+from realgeneral.transformer import RealGeneralTransformer3DModel
+from rgkernels._impl import require_triton
+
+
+def use_kernels(transformer: RealGeneralTransformer3DModel, fused: bool, device: torch.device) -> None:
+    """Run the model on Triton kernels, or on plain PyTorch.
+
+    Raises:
+        UsageError: Kernels are asked for where they cannot run; the message says what is missing.
+    """
+    if fused:
+        try:
+            require_triton(device)
+        except RuntimeError as error:
+            raise UsageError(f"--fused-kernels cannot run here: {error}") from None
+    transformer.impl = "triton" if fused else "reference"

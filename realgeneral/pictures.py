@@ -1,0 +1,92 @@
+"""Picture files: safe reading, fitting to a size, and pixels."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from realgeneral.errors import Failure
+
+MAX_PIXELS = 100_000_000
+
+
+def load_picture(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
+    """Read an RGB picture from a file or bytes, upright as its EXIF says, transparency on white.
+
+    Raises:
+        Failure: Missing, truncated, not an image, or more than MAX_PIXELS pixels (checked before decoding).
+    """
+    name = name or (f"picture of {len(source)} bytes" if isinstance(source, bytes) else str(source))
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of large pictures at its own limit; ours is checked below, before any pixel is decoded
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+                if picture.width * picture.height > MAX_PIXELS:
+                    raise Failure(f"{name} must have at most {MAX_PIXELS} pixels, got {picture.width} x {picture.height}")
+                return _to_rgb(ImageOps.exif_transpose(picture))
+    except FileNotFoundError:
+        raise Failure(f"{name} must be a picture file, got no such file") from None
+    except IsADirectoryError:
+        raise Failure(f"{name} must be a picture file, got a folder") from None
+    except Image.DecompressionBombError:
+        raise Failure(f"{name} must have at most {MAX_PIXELS} pixels, got a larger one") from None
+    except UnidentifiedImageError:
+        raise Failure(f"{name} must be a picture file, got something that is not an image") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise Failure(f"{name} must be a complete picture file, got: {error}") from None
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def fit_picture(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Scale to cover width x height and crop the centre; the aspect ratio of the content is kept."""
+    picture = picture.convert("RGB")
+    return picture if picture.size == (width, height) else ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+
+
+def to_pixels(picture: Image.Image) -> Tensor:
+    """PIL RGB -> [3, H, W] float32 in [-1, 1]."""
+    array = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+def save_picture(picture: Image.Image, path: str | os.PathLike[str], **options: object) -> None:
+    """Write a PNG under a temporary name, then rename: a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    picture.save(partial, format="PNG", **options)
+    os.replace(partial, path)
+
+
+def picture_grid(
+    rows: Sequence[Sequence[Image.Image]], header: Sequence[str], labels: Sequence[str], zoom: int = 2
+) -> Image.Image:
+    """A contact sheet: a header above the columns, a label left of each row, pictures scaled by an integer factor."""
+    width, height = rows[0][0].width * zoom, rows[0][0].height * zoom
+    left, top, gap = 170, 26, 6
+    sheet = Image.new("RGB", (left + len(header) * (width + gap), top + len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, text in enumerate(header):
+        draw.text((left + column * (width + gap) + 2, 8), text, fill="black")
+    for r, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        y = top + r * (height + gap)
+        draw.multiline_text((6, y + 4), label, fill="black")
+        for c, picture in enumerate(row):
+            sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left + c * (width + gap), y))
+    return sheet

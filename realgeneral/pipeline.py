@@ -1,0 +1,376 @@
+"""Generation: prompt and condition image(s) in, image out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXPipeline
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from realgeneral.adapter import AdapterInfo, load_adapter
+from realgeneral.embedding import pool_subject, subject_span_mask
+from realgeneral.errors import UsageError
+from realgeneral.layout import get_preset
+from realgeneral.pictures import fit_picture, to_pixels
+from realgeneral.transformer import ConditionCache, RealGeneralTransformer3DModel
+from realgeneral.vae import decode_latents, encode_images
+
+NANO_ASSETS = Path(__file__).resolve().parent / "nano" / "assets"
+Conditions = Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]]
+
+
+def resolve_base(base: str | os.PathLike[str]) -> str:
+    """A checkpoint folder or hub id; "nano" is the small model that ships with the package."""
+    return str(NANO_ASSETS / "base") if str(base) == "nano" else str(base)
+
+
+def resolve_adapter(adapter: str | os.PathLike[str]) -> str:
+    """An adapter folder; "nano" is the adapter that ships with the package."""
+    return str(NANO_ASSETS / "adapter") if str(adapter) == "nano" else str(adapter)
+
+
+@dataclass
+class RealGeneralPipelineOutput(BaseOutput):  # type: ignore[misc]
+    """Images, one per prompt and `num_images_per_prompt`, prompt-major: a list of PIL images, or an array or tensor."""
+
+    images: Any
+
+
+class RealGeneralPipeline(CogVideoXPipeline):
+    """Text and condition images to image with a RealGeneral transformer; a diffusers pipeline in every other respect.
+
+    A stock CogVideoX transformer is given a fresh condition branch; load an adapter to make it useful.
+
+    Source:
+        RealGeneral (arXiv 2503.10406); diffusers `CogVideoXPipeline`. Condition and target are encoded separately, and the
+        target alone is decoded.
+    """
+
+    def __init__(
+        self, tokenizer: Any, text_encoder: Any, vae: AutoencoderKLCogVideoX, transformer: Any, scheduler: Any
+    ) -> None:
+        if not isinstance(transformer, RealGeneralTransformer3DModel):
+            transformer = RealGeneralTransformer3DModel.from_cogvideox(transformer)
+        super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
+        self.adapter: AdapterInfo | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        adapter: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> RealGeneralPipeline:
+        """Load a base and, optionally, an adapter.
+
+        Args:
+            pretrained_model_name_or_path: Any CogVideoX text-to-video checkpoint (folder or hub id), or "nano".
+            adapter: Adapter folder, or "nano".
+            **kwargs: As diffusers' `from_pretrained`, such as `dtype`.
+        """
+        pipe: RealGeneralPipeline = super().from_pretrained(resolve_base(pretrained_model_name_or_path), **kwargs)
+        if adapter is not None:
+            pipe.load_adapter(adapter)
+        return pipe
+
+    def load_adapter(self, adapter: str | os.PathLike[str], *, preset: str | None = None) -> AdapterInfo:
+        """Load an adapter folder (or "nano") into the transformer; see `realgeneral.adapter.load_adapter`."""
+        self.adapter = load_adapter(self.transformer, resolve_adapter(adapter), preset=preset)
+        return self.adapter
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width must be multiples of this many pixels."""
+        return int(self.vae_scale_factor_spatial * self.transformer.config.patch_size)
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        prompt: str | Sequence[str],
+        condition: Conditions | None = None,
+        *,
+        task: str,
+        subject: str | Sequence[str | None] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 6.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        condition_cache: ConditionCache | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+    ) -> Any:
+        """Generate images from prompts and condition images.
+
+        Args:
+            prompt: One prompt, or a list of B.
+            condition: For one prompt an image or a list of K images; for B prompts a list of B such entries.
+            task: Name of a task that the transformer knows.
+            subject: Words of the prompt that name the subject (customization), one for all or one per prompt.
+            negative_prompt: As in diffusers; empty by default.
+            height: Pixels, a multiple of `size_multiple`; default: the base's own size.
+            width: As `height`.
+            num_inference_steps: Denoising steps.
+            guidance_scale: Classifier-free guidance on the prompt; 1 or less turns it off.
+            num_images_per_prompt: Images per prompt.
+            generator: Random state, one for all or one per image.
+            latents: Initial noise, [images, F, C, h, w].
+            condition_cache: From `encode_condition`, instead of `condition`.
+            output_type: "pil", "np", "pt" or "latent".
+            return_dict: Return `RealGeneralPipelineOutput` instead of a tuple.
+            attention_kwargs: {"scale": LoRA scale}.
+            callback_on_step_end: Called as in diffusers after each step.
+            callback_on_step_end_tensor_inputs: Tensors handed to the callback: "latents", "prompt_embeds".
+            max_sequence_length: Text window in tokens; default: the base's.
+
+        Returns:
+            `RealGeneralPipelineOutput` (or a tuple): images, prompt-major.
+
+        Raises:
+            UsageError: A size, task, subject or prompt does not fit; the message says what would.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        height, width = self._size(height, width)
+        conditions = self._condition_lists(condition, len(prompts)) if condition_cache is None else None
+        self._guidance_scale, self._interrupt, self._attention_kwargs = guidance_scale, False, attention_kwargs
+        device, guided = self._execution_device, guidance_scale > 1.0
+        window = max_sequence_length or self.transformer.config.max_text_seq_length
+        self._check_prompts(prompts, window)
+
+        text, negative = self.encode_prompt(
+            prompts, _as_list(negative_prompt, len(prompts)), guided, max_sequence_length=window, device=device
+        )
+        text = text.to(self.transformer.dtype)
+        subject_embeds = self._subject_embeds(prompts, subject, text, window)
+        inputs = self._condition_inputs(conditions, condition_cache, task, subject_embeds, (height, width), attention_kwargs)
+        images = len(prompts) * num_images_per_prompt
+        latents = self._initial_latents(images, height, width, text.dtype, device, generator, latents)
+        # samples run prompt-minor, so that tensors of B prompts and of B conditions tile
+        order = torch.arange(images).view(len(prompts), num_images_per_prompt).T.flatten()
+        text = text.repeat(num_images_per_prompt, 1, 1)
+        if guided:
+            text = torch.cat([negative.to(text.dtype).repeat(num_images_per_prompt, 1, 1), text])
+        latents = self._denoise_loop(
+            latents[order],
+            text,
+            inputs,
+            num_inference_steps,
+            generator if not isinstance(generator, list) else [generator[i] for i in order],
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        latents = latents[torch.argsort(order)]
+        result = latents if output_type == "latent" else self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return RealGeneralPipelineOutput(images=result) if return_dict else (result,)
+
+    @torch.no_grad()
+    def encode_condition(
+        self,
+        condition: Conditions,
+        *,
+        task: str,
+        prompt: str | None = None,
+        subject: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> ConditionCache:
+        """Encode the condition image(s) once, to be reused by any number of calls with `condition_cache=` (preset "cached").
+
+        Args:
+            condition: An image or a list of K images.
+            task: As in `__call__`.
+            prompt: Needed only with `subject`.
+            subject: Words of `prompt` that name the subject; later prompts should name the same subject.
+            height: Pixels.
+            width: Pixels.
+            attention_kwargs: {"scale": LoRA scale}.
+        """
+        size = self._size(height, width)
+        subject_embeds = None
+        if subject is not None:
+            if prompt is None:
+                raise UsageError("prompt must be given with subject, got None")
+            window = self.transformer.config.max_text_seq_length
+            text, _ = self.encode_prompt([prompt], None, False, max_sequence_length=window, device=self._execution_device)
+            subject_embeds = self._subject_embeds([prompt], subject, text.to(self.transformer.dtype), window)
+        conditions = self._condition_lists(condition, 1)
+        latents = self._condition_latents(conditions, size)
+        return self.transformer.encode_condition(
+            latents, self._task_ids(task, 1), subject_embeds, attention_kwargs=attention_kwargs
+        )
+
+    def _denoise_loop(
+        self,
+        latents: Tensor,
+        text: Tensor,
+        inputs: dict[str, Any],
+        steps: int,
+        generator: Any,
+        callback: Callable[..., dict[str, Any]] | None,
+        callback_inputs: Sequence[str],
+    ) -> Tensor:
+        self.scheduler.set_timesteps(steps, device=latents.device)
+        timesteps, guided, previous = self.scheduler.timesteps, text.shape[0] > latents.shape[0], None
+        self._num_timesteps = len(timesteps)
+        extra = self.prepare_extra_step_kwargs(generator, 0.0)
+        if inputs.get("condition_latents") is not None:
+            repeats = text.shape[0] // inputs["condition_latents"].shape[0]
+            inputs = {
+                k: v if v is None or not isinstance(v, Tensor) else v.repeat(repeats, *[1] * (v.dim() - 1))
+                for k, v in inputs.items()
+            }
+        with self.progress_bar(total=steps) as bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = t
+                model_input = torch.cat([latents] * 2) if guided else latents
+                prediction = self.transformer(model_input, text, t.expand(model_input.shape[0]), return_dict=False, **inputs)[
+                    0
+                ].float()
+                if guided:
+                    unconditional, conditional = prediction.chunk(2)
+                    prediction = unconditional + self.guidance_scale * (conditional - unconditional)
+                if isinstance(self.scheduler, CogVideoXDPMScheduler):
+                    before = timesteps[i - 1] if i > 0 else None
+                    latents, previous = self.scheduler.step(
+                        prediction, previous, t, before, latents, **extra, return_dict=False
+                    )
+                else:
+                    latents = self.scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
+                latents = latents.to(text.dtype)
+                if callback is not None:
+                    tensors = {"latents": latents, "prompt_embeds": text}
+                    changed = callback(self, i, t, {k: tensors[k] for k in callback_inputs})
+                    latents, text = changed.pop("latents", latents), changed.pop("prompt_embeds", text)
+                bar.update()
+        self._current_timestep = None
+        return latents
+
+    def _condition_inputs(
+        self,
+        conditions: list[list[Image.Image]] | None,
+        cache: ConditionCache | None,
+        task: str,
+        subject_embeds: Tensor | None,
+        size: tuple[int, int],
+        attention_kwargs: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """Keyword arguments of the transformer: a cache if the preset allows one, the clean latents otherwise."""
+        if cache is not None:
+            return {"condition_cache": cache, "attention_kwargs": attention_kwargs}
+        assert conditions is not None
+        task_ids = self._task_ids(task, len(conditions))
+        latents = self._condition_latents(conditions, size)
+        if get_preset(self.transformer.config.preset).cacheable:
+            cache = self.transformer.encode_condition(latents, task_ids, subject_embeds, attention_kwargs=attention_kwargs)
+            return {"condition_cache": cache, "attention_kwargs": attention_kwargs}
+        return {
+            "condition_latents": latents,
+            "task_ids": task_ids,
+            "subject_embeds": subject_embeds,
+            "attention_kwargs": attention_kwargs,
+        }
+
+    def _condition_latents(self, conditions: list[list[Image.Image]], size: tuple[int, int]) -> Tensor:
+        """[B, K, C, h, w]; each image is encoded by itself."""
+        height, width = size
+        pixels = torch.stack([to_pixels(fit_picture(image, width, height)) for row in conditions for image in row])
+        latents = encode_images(self.vae, pixels.to(self._execution_device))
+        return latents.unflatten(0, (len(conditions), -1)).to(self.transformer.dtype)
+
+    def _subject_embeds(
+        self, prompts: list[str], subject: str | Sequence[str | None] | None, text: Tensor, window: int
+    ) -> Tensor | None:
+        if subject is None:
+            return None
+        subjects = [subject] * len(prompts) if isinstance(subject, str) else list(subject)
+        if len(subjects) != len(prompts):
+            raise UsageError(f"subject must be one for all or one per prompt ({len(prompts)}), got {len(subjects)}")
+        try:
+            mask = subject_span_mask(self.tokenizer, prompts, subjects, window)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        return pool_subject(text, mask.to(text.device))
+
+    def _initial_latents(
+        self,
+        images: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: Any,
+        latents: Tensor | None,
+    ) -> Tensor:
+        factor, frames = self.vae_scale_factor_spatial, self.transformer.geometry.frames_per_image
+        shape = (images, frames, self.transformer.config.in_channels, height // factor, width // factor)
+        if isinstance(generator, list) and len(generator) != images:
+            raise UsageError(f"generator must be one for all or one per image ({images}), got {len(generator)}")
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        elif tuple(latents.shape) != shape:
+            raise UsageError(f"latents must have shape {list(shape)}, got {list(latents.shape)}")
+        return latents.to(device, dtype) * self.scheduler.init_noise_sigma
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        # the last frame is the target (CogVideoX 1.5 denoises two copies); it is decoded alone
+        pixels = decode_latents(self.vae, latents[:, -1])
+        return self.video_processor.postprocess(pixels.float(), output_type=output_type)
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        config, factor = self.transformer.config, self.vae_scale_factor_spatial
+        height = config.sample_height * factor if height is None else height
+        width = config.sample_width * factor if width is None else width
+        for name, value in (("height", height), ("width", width)):
+            if value < self.size_multiple or value % self.size_multiple:
+                raise UsageError(f"{name} must be a positive multiple of {self.size_multiple}, got {value}")
+        return height, width
+
+    def _task_ids(self, task: str, batch: int) -> Tensor:
+        try:
+            ids: Tensor = self.transformer.task_ids([task] * batch)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        return ids.to(self._execution_device)
+
+    def _check_prompts(self, prompts: list[str], window: int) -> None:
+        for prompt in prompts:
+            length = len(self.tokenizer(prompt).input_ids)
+            if length > window:
+                raise UsageError(f"prompt must have at most {window} tokens, got {length}: {prompt[:60]!r}")
+
+    def _condition_lists(self, condition: Conditions | None, batch: int) -> list[list[Image.Image]]:
+        if condition is None:
+            raise UsageError("condition must be an image or a list of images, got None")
+        if isinstance(condition, Image.Image):
+            condition = [condition]
+        rows: list[Any] = [list(condition)] if batch == 1 and isinstance(condition[0], Image.Image) else list(condition)
+        lists = [[row] if isinstance(row, Image.Image) else list(row) for row in rows]
+        if len(lists) != batch:
+            raise UsageError(f"condition must have one entry per prompt ({batch}), got {len(lists)}")
+        if len({len(row) for row in lists}) != 1 or not lists[0]:
+            raise UsageError(f"condition must have the same number of images for each prompt, got {[len(r) for r in lists]}")
+        return lists
+
+
+def _as_list(value: str | Sequence[str] | None, count: int) -> list[str] | None:
+    return value if value is None else [value] * count if isinstance(value, str) else list(value)

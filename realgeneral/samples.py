@@ -1,0 +1,51 @@
+"""Sample grids during training: fixed rows, through the same pipeline as inference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from realgeneral.adapter import AdapterInfo
+from realgeneral.config import TrainConfig
+from realgeneral.data import PairDataset, open_source
+from realgeneral.pictures import picture_grid, save_picture
+from realgeneral.pipeline import RealGeneralPipeline
+
+
+def sample_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, path: Path) -> None:
+    """Write a grid (condition | result | target) of the first `sample_count` rows of a fixed order; held-out rows for nano."""
+    source = open_source(config.data)
+    if config.data == "nano":
+        from realgeneral.nano.pairs import NanoSource
+
+        source = NanoSource("held_out", augment=False)
+    height, width = pipe._size(config.height or None, config.width or None)
+    dataset = PairDataset(source, info.tasks, config.task_weights, (width, height), config.seed, strict=False)
+    rows, labels = [], []
+    device = pipe.transformer.device
+    for n in range(config.sample_count):
+        sample = dataset[n]
+        conditions = [to_picture(c) for c in sample.conditions]
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            result = pipe(
+                sample.prompt,
+                conditions,
+                task=sample.task,
+                subject=sample.subject,
+                height=height,
+                width=width,
+                num_inference_steps=config.sample_steps,
+                guidance_scale=config.guidance_scale,
+                generator=torch.Generator().manual_seed(config.seed),
+            ).images[0]
+        rows.append([conditions[0], result, to_picture(sample.target)])
+        labels.append(f"{sample.task}\n{sample.prompt[:28]}")
+    save_picture(picture_grid(rows, ("condition", "result", "target"), labels, max(1, 128 // width)), path)
+
+
+def to_picture(pixels: torch.Tensor) -> Image.Image:
+    """[3, H, W] in [-1, 1] -> PIL RGB."""
+    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())

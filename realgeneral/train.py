@@ -1,0 +1,335 @@
+"""Training of adapters: LoRA and condition branch on a frozen CogVideoX, nano and real alike.
+
+python -m realgeneral.train --base nano --data nano --tasks canny --output outputs/canny
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from realgeneral import checkpoint
+from realgeneral.adapter import AdapterInfo, adapter_info, add_lora, load_adapter, mark_trainable, save_adapter
+from realgeneral.config import TrainConfig
+from realgeneral.data import PairDataset, RunSampler, Sample, open_source
+from realgeneral.diffusion import noised, sample_timesteps, v_loss, v_target
+from realgeneral.embedding import pool_subject, subject_span_mask
+from realgeneral.errors import Failure, UsageError
+from realgeneral.kernels import use_kernels
+from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.samples import sample_grid
+from realgeneral.tasks import DEFAULT_TASKS, get_task
+from realgeneral.vae import encode_images, fold_single_frame
+
+
+@dataclass
+class Batch:
+    """A micro-batch of samples on the device; what is random in it was drawn from (seed, step)."""
+
+    target: Tensor
+    conditions: Tensor
+    prompts: list[str]
+    tasks: list[str]
+    subjects: list[str | None]
+    names: list[str]
+    skipped: list[str]
+
+
+class TextCache:
+    """Text features of recent prompts; the encoder is frozen, so each prompt is encoded once while it stays here."""
+
+    def __init__(self, pipe: RealGeneralPipeline, capacity: int = 4096) -> None:
+        self.pipe, self.capacity = pipe, capacity
+        self.window = pipe.transformer.config.max_text_seq_length
+        self.entries: OrderedDict[str, Tensor] = OrderedDict()
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str]) -> Tensor:
+        """[len(prompts), T, E] on the pipeline's device."""
+        missing = list(dict.fromkeys(p for p in prompts if p not in self.entries))
+        if missing:
+            self.pipe._check_prompts(missing, self.window)
+            device = self.pipe.text_encoder.device
+            encoded, _ = self.pipe.encode_prompt(missing, None, False, max_sequence_length=self.window, device=device)
+            self.entries.update(zip(missing, encoded.cpu(), strict=True))
+        features = torch.stack([self.entries[p] for p in prompts])
+        for prompt in prompts:
+            self.entries.move_to_end(prompt)
+        while len(self.entries) > self.capacity:
+            self.entries.popitem(last=False)
+        return features.to(self.pipe.text_encoder.device)
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack samples; Failure if their numbers of condition images differ."""
+    counts = {len(s.conditions) for s in samples}
+    if len(counts) != 1:
+        raise Failure(f"rows of one batch must have the same number of conditions, got {sorted(counts)}")
+    return Batch(
+        torch.stack([s.target for s in samples]),
+        torch.stack([s.conditions for s in samples]),
+        [s.prompt for s in samples],
+        [s.task for s in samples],
+        [s.subject for s in samples],
+        [s.name for s in samples],
+        [name for s in samples for name in s.skipped],
+    )
+
+
+def training_loss(
+    pipe: RealGeneralPipeline, model: nn.Module, texts: TextCache, batch: Batch, config: TrainConfig, draw: int
+) -> Tensor:
+    """Per-sample loss, [B]: encode, noise, drop prompts and conditions, predict v on the target tokens.
+
+    Every random number comes from (seed, draw), so that a resumed run draws what an uninterrupted one would.
+    """
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + draw)
+    transformer, device = pipe.transformer, batch.target.device
+    with torch.no_grad():
+        images = torch.cat([batch.target[:, None], batch.conditions], dim=1)
+        latents = encode_images(pipe.vae, images.flatten(0, 1)).unflatten(0, images.shape[:2]).float()
+        frames = transformer.geometry.frames_per_image
+        clean, conditions = latents[:, :1].repeat(1, frames, 1, 1, 1), latents[:, 1:]
+        text = texts(batch.prompts)
+        subjects = subject_span_mask(pipe.tokenizer, batch.prompts, batch.subjects, texts.window).to(device)
+        subject_embeds = pool_subject(text, subjects)
+        text = torch.where(_drawn(config.text_dropout, len(text), generator).to(device)[:, None, None], texts([""]), text)
+        kept = ~_drawn(config.condition_dropout, len(text), generator).to(device)
+        conditions = conditions * kept[:, None, None, None, None]
+        timesteps = sample_timesteps(len(text), pipe.scheduler.config.num_train_timesteps, generator).to(device)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        noisy, wanted = noised(pipe.scheduler, clean, noise, timesteps), v_target(pipe.scheduler, clean, noise, timesteps)
+    dtype = transformer.proj_out.weight.dtype
+    prediction = model(
+        noisy.to(dtype),
+        text.to(dtype),
+        timesteps,
+        condition_latents=conditions.to(dtype),
+        task_ids=transformer.task_ids(batch.tasks),
+        subject_embeds=subject_embeds,
+        return_dict=False,
+    )[0]
+    return v_loss(prediction, wanted)
+
+
+def _drawn(probability: float, count: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(count, generator=generator) < probability
+
+
+def load_models(config: TrainConfig, accelerator: Accelerator) -> tuple[RealGeneralPipeline, AdapterInfo]:
+    """Base, adapter (fresh, given, or of the newest checkpoint), dtypes and devices."""
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    pipe = RealGeneralPipeline.from_pretrained(config.base, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    for module in (pipe.vae, pipe.text_encoder, pipe.transformer):
+        module.requires_grad_(False)
+    fold_single_frame(pipe.vae)
+    transformer = pipe.transformer
+    if config.init_adapter:
+        info = load_adapter(transformer, resolve_adapter(config.init_adapter), preset=config.preset)
+        tasks = task_specs(config) if config.tasks else list(info.tasks)
+        if tuple(get_task(spec).name for spec in tasks) != info.task_names:
+            raise UsageError(f"tasks must be those of the adapter to start from, {list(info.task_names)}, got {tasks}")
+    else:
+        tasks = task_specs(config)
+        transformer.configure_condition([get_task(spec).name for spec in tasks], config.preset)
+        torch.manual_seed(config.seed)
+        add_lora(transformer, config.rank, config.alpha or None, config.lora_targets)
+    mark_trainable(transformer)
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    use_kernels(transformer, config.fused_kernels, accelerator.device)
+    pipe.to(accelerator.device)
+    pipe.text_encoder.eval()
+    transformer.train()
+    return pipe, adapter_info(transformer, tasks, config.base)
+
+
+def task_specs(config: TrainConfig) -> list[str]:
+    """The tasks of a run: those asked for, else nano's six for nano data and the paper's seven for others."""
+    specs = list(config.tasks)
+    if not specs and config.data == "nano":
+        from realgeneral.nano.pairs import NANO_TASKS
+
+        specs = list(NANO_TASKS)
+    try:
+        return [get_task(spec).spec for spec in specs or DEFAULT_TASKS]
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def picture_size(config: TrainConfig, pipe: RealGeneralPipeline) -> tuple[int, int]:
+    """(width, height) in pixels, checked against the geometry."""
+    height, width = pipe._size(config.height or None, config.width or None)
+    return width, height
+
+
+def learning_rate_factor(config: TrainConfig, step: int) -> float:
+    """Factor on the peak learning rate before optimizer step `step` (from 0): linear warm-up, then constant or cosine to 0."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.lr_schedule == "constant":
+        return 1.0
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Run or continue a training.
+
+    Returns:
+        "loss" (mean of the last tenth), "steps", "skipped" rows, "adapter" (folder), "log" (metrics.jsonl).
+
+    Raises:
+        UsageError: A setting does not fit the base, the data, or the run to resume.
+        Failure: Data cannot be read, or the loss is not finite.
+    """
+    # 1. models
+    precision = config.mixed_precision
+    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    output = Path(config.output)
+    resumed = checkpoint.start_or_resume(config, output)
+    source = open_source(config.data)
+    pipe, info = load_models(config, accelerator)
+    trainable = [p for p in pipe.transformer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay)
+    ema = EMAModel(trainable, decay=config.ema_decay, use_ema_warmup=True) if config.ema_decay else None
+    start = checkpoint.load(resumed, pipe.transformer, optimizer, ema) if resumed else 0
+    model, optimizer = accelerator.prepare(pipe.transformer, optimizer)
+
+    # 2. data: sample numbers continue where the checkpoint stopped
+    size = picture_size(config, pipe)
+    dataset = PairDataset(source, info.tasks, config.task_weights, size, config.seed, config.strict)
+    per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    sampler = RunSampler(start * per_step, config.steps * per_step, accelerator.process_index, accelerator.num_processes)
+    loader = DataLoader(dataset, config.batch_size, sampler=sampler, num_workers=config.num_workers, collate_fn=collate)
+    batches, texts = iter(loader), TextCache(pipe)
+    log = checkpoint.MetricsLog(output / "metrics.jsonl", start, config.tensorboard and accelerator.is_main_process)
+
+    # 3. steps
+    stop = _Stop()
+    bar = tqdm(
+        range(start, config.steps), initial=start, total=config.steps, disable=not accelerator.is_main_process, file=sys.stderr
+    )
+    with stop.catching():
+        for step in bar:
+            began = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * learning_rate_factor(config, step)
+            losses, tasks = [], []
+            for micro in range(config.gradient_accumulation_steps):
+                batch = _to_device(next(batches), accelerator.device)
+                draw = (
+                    step * config.gradient_accumulation_steps + micro
+                ) * accelerator.num_processes + accelerator.process_index
+                last = micro == config.gradient_accumulation_steps - 1
+                with accelerator.autocast(), contextlib.nullcontext() if last else accelerator.no_sync(model):
+                    loss = training_loss(pipe, model, texts, batch, config, draw)
+                    _check_finite(loss, step, batch)
+                    accelerator.backward(loss.mean() / config.gradient_accumulation_steps)
+                losses.append(loss.detach())
+                tasks += batch.tasks
+                log.skipped(batch.skipped)
+            accelerator.clip_grad_norm_(trainable, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if ema is not None:
+                ema.step(trainable)
+            log.step(step + 1, accelerator.gather(torch.cat(losses)), tasks, time.perf_counter() - began, config, bar)
+
+            # 4. samples and checkpoints
+            done = step + 1
+            if accelerator.is_main_process and (done % config.save_every == 0 or done == config.steps or stop.asked):
+                checkpoint.save(output, config, info, done, pipe.transformer, optimizer, ema)
+            if accelerator.is_main_process and config.sample_every and done % config.sample_every == 0 and done < config.steps:
+                _sample(pipe, config, info, output, done, ema, trainable)
+            if stop.asked:
+                raise Failure(f"stopped by signal {stop.asked} after step {done}; the same command with --resume continues")
+
+    # 5. the adapter
+    if ema is not None:
+        ema.copy_to(trainable)
+    if accelerator.is_main_process:
+        save_adapter(pipe.transformer, output / "adapter", info)
+        if config.sample_count:
+            _sample(pipe, config, info, output, config.steps, None, trainable)
+    accelerator.end_training()
+    return log.summary(config.steps, output / "adapter")
+
+
+def _sample(
+    pipe: RealGeneralPipeline,
+    config: TrainConfig,
+    info: AdapterInfo,
+    output: Path,
+    step: int,
+    ema: EMAModel | None,
+    trainable: list[Any],
+) -> None:
+    """Write a sample grid with the averaged weights, through the same pipeline as inference."""
+    if ema is not None:
+        ema.store(trainable)
+        ema.copy_to(trainable)
+    pipe.transformer.eval()
+    sample_grid(pipe, config, info, output / "samples" / f"step-{step:06d}.png")
+    pipe.transformer.train()
+    if ema is not None:
+        ema.restore(trainable)
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    batch.target, batch.conditions = batch.target.to(device), batch.conditions.to(device)
+    return batch
+
+
+def _check_finite(loss: Tensor, step: int, batch: Batch) -> None:
+    if not torch.isfinite(loss).all():
+        bad = [name for name, value in zip(batch.names, loss.tolist(), strict=True) if not math.isfinite(value)]
+        raise Failure(
+            f"loss must be finite, got {loss.mean().item()} at step {step + 1} for rows {bad[:4]}; "
+            "the last checkpoint is intact"
+        )
+
+
+class _Stop:
+    """SIGTERM and SIGINT ask the loop to save and stop after the step that runs."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    @contextlib.contextmanager
+    def catching(self) -> Iterator[None]:
+        """Install the handlers, and put back what was there."""
+        before = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # not in the main thread: someone else handles signals
+                before[number] = signal.signal(number, self._ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = number
+
+
+if __name__ == "__main__":
+    from realgeneral.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

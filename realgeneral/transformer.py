@@ -1,0 +1,458 @@
+"""RealGeneral's transformer: diffusers' CogVideoX with a condition branch, over one joint sequence.
+
+`forward` reads like the paper's figure "Unified Stream DiT Block": embed, concatenate, modulate each segment with its own
+branch, attend under the preset's visibility, predict on the target tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import apply_lora_scale
+from torch import Tensor, nn
+
+from realgeneral.embedding import UnifiedConditionEmbedding
+from realgeneral.layout import Geometry, condition_names, get_preset, joint_layout, sublayout
+from realgeneral.tasks import DEFAULT_TASKS
+from rgkernels.cogvideox import (
+    KeyValue,
+    Modulation,
+    Rotary,
+    block_forward,
+    finish,
+    norm_site,
+    project_qkv,
+    stack_modulation,
+)
+from rgkernels.segments import SegmentLayout
+
+Site = tuple[Modulation, Modulation]
+
+
+class ConditionAdaLN(nn.Module):
+    """The condition's modulation branch of one block: two Linear(time_embed_dim, 3d) for shift, scale, gate.
+
+    It starts as a copy of the video rows of the stock linears (Separated Condition AdaLN; arrow "copy" in the paper's figure).
+    """
+
+    def __init__(self, time_embed_dim: int, dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.Linear(time_embed_dim, 3 * dim)
+        self.norm2 = nn.Linear(time_embed_dim, 3 * dim)
+
+    @torch.no_grad()
+    def copy_from(self, block: Any) -> None:
+        """Copy rows 0:3d, the video branch, of a stock block's modulation linears."""
+        for own, stock in ((self.norm1, block.norm1.linear), (self.norm2, block.norm2.linear)):
+            rows = own.out_features
+            own.weight.copy_(stock.weight[:rows])
+            own.bias.copy_(stock.bias[:rows])
+
+
+class ConditionCache:
+    """Keys and values of the condition segments in every block, exact for each step, prompt, seed and guidance branch.
+
+    Made by `RealGeneralTransformer3DModel.encode_condition` in a cacheable preset.
+    """
+
+    def __init__(self, blocks: list[KeyValue], conditions: int, grid: tuple[int, int]) -> None:
+        self.blocks = blocks
+        self.conditions = conditions
+        self.grid = grid
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the cache holds, in bytes."""
+        return sum(x.numel() * x.element_size() for pair in self.blocks for x in pair)
+
+    def to(self, device: torch.device | str) -> ConditionCache:
+        """The cache on another device."""
+        blocks = [KeyValue(pair.k.to(device), pair.v.to(device)) for pair in self.blocks]
+        return ConditionCache(blocks, self.conditions, self.grid)
+
+
+class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
+    """CogVideoX with Unified Condition Embedding, Separated Condition AdaLN and Frame-Condition Decoupling.
+
+    All stock weights keep their names; `condition_embedding.*` and `condition_adaln.*` are new. Without a condition it is the
+    stock model. Text-to-video checkpoints of CogVideoX 2B, 5B and 1.5 fit.
+
+    Args:
+        tasks: Names of the tasks, one row of the task embedding each.
+        preset: "paper", "cached" or "open"; see `realgeneral.layout.Preset`.
+        **base: The stock model's config.
+
+    Raises:
+        ValueError: Unknown preset, or a base that is not a text-to-video checkpoint.
+
+    Source:
+        RealGeneral (arXiv 2503.10406), figure "Unified Stream DiT Block"; diffusers `CogVideoXTransformer3DModel`.
+    """
+
+    @register_to_config
+    def __init__(self, *, tasks: Sequence[str] = DEFAULT_TASKS, preset: str = "paper", **base: Any) -> None:
+        super().__init__(**base)
+        get_preset(preset)
+        _check_base(self.config)
+        self.geometry = Geometry.of(self.config)
+        self.condition_embedding = UnifiedConditionEmbedding(len(tasks), self.geometry.dim, self.config.text_embed_dim)
+        self.condition_adaln = nn.ModuleList(
+            ConditionAdaLN(self.config.time_embed_dim, self.geometry.dim) for _ in self.transformer_blocks
+        )
+        self.impl = "reference"
+
+    @staticmethod
+    def _get_init_keys(input_class: type) -> set[str]:
+        # **base hides the stock arguments from the signature that diffusers filters configs by
+        keys = ConfigMixin._get_init_keys(input_class) | ConfigMixin._get_init_keys(CogVideoXTransformer3DModel)
+        return set(keys) - {"base"}
+
+    @classmethod
+    def from_cogvideox(
+        cls, stock: CogVideoXTransformer3DModel, *, tasks: Sequence[str] = DEFAULT_TASKS, preset: str = "paper"
+    ) -> RealGeneralTransformer3DModel:
+        """Add a condition branch to a loaded stock model; its modules are taken over, not copied.
+
+        At step 0 in preset "open" the result predicts for the target frame what `stock` predicts for the two-frame clip.
+        """
+        if getattr(stock, "peft_config", None):
+            raise ValueError("stock must have no LoRA loaded yet (fuse or unload it first), got one with peft_config")
+        base = {k: v for k, v in stock.config.items() if not k.startswith("_")}
+        with torch.device("meta"):
+            model = cls(tasks=tuple(tasks), preset=preset, **base)
+        for name, child in stock.named_children():
+            setattr(model, name, child)
+        model.condition_embedding.to_empty(device=stock.device).to(stock.dtype)
+        model.condition_adaln.to_empty(device=stock.device).to(stock.dtype)
+        model.reset_condition_branch()
+        return model.train(stock.training)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> RealGeneralTransformer3DModel:
+        """Load a stock CogVideoX checkpoint (the condition branch starts fresh) or one saved by this class.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub id.
+            **kwargs: `tasks` and `preset` for a stock checkpoint; the rest goes to diffusers' `from_pretrained`.
+        """
+        hub = {k: kwargs[k] for k in ("subfolder", "revision", "cache_dir", "token", "local_files_only") if k in kwargs}
+        config = cls.load_config(pretrained_model_name_or_path, **hub)
+        if config.get("_class_name") == cls.__name__:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[no-any-return]
+        added = {k: kwargs.pop(k) for k in ("tasks", "preset") if k in kwargs}
+        stock = CogVideoXTransformer3DModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return cls.from_cogvideox(stock, **added)
+
+    def reset_condition_branch(self) -> None:
+        """Zero the condition embedding and copy the video modulation into the condition branch."""
+        self.condition_embedding.reset_parameters()
+        for own, block in zip(self.condition_adaln, self.transformer_blocks, strict=True):
+            assert isinstance(own, ConditionAdaLN)
+            own.copy_from(block)
+
+    def configure_condition(self, tasks: Sequence[str], preset: str) -> None:
+        """Set tasks and preset, and reset the condition branch to its start."""
+        get_preset(preset)
+        device, dtype = self.condition_embedding.task.weight.device, self.condition_embedding.task.weight.dtype
+        embedding = UnifiedConditionEmbedding(len(tasks), self.geometry.dim, self.config.text_embed_dim)
+        self.condition_embedding = embedding.to(device, dtype)
+        self.register_to_config(tasks=tuple(tasks), preset=preset)
+        self.reset_condition_branch()
+
+    def condition_parameters(self) -> dict[str, nn.Parameter]:
+        """The weights that this class adds to the stock model, by state-dict name."""
+        return {n: p for n, p in self.named_parameters() if n.startswith(("condition_embedding.", "condition_adaln."))}
+
+    def task_ids(self, tasks: Sequence[str]) -> Tensor:
+        """Rows of the task embedding, [len(tasks)] int64; ValueError with the known tasks for an unknown one."""
+        known = list(self.config.tasks)
+        for task in tasks:
+            if task not in known:
+                raise ValueError(f"task must be one of {known}, got {task!r}")
+        return torch.tensor([known.index(task) for task in tasks], device=self.device)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: Tensor,
+        timestep_cond: Tensor | None = None,
+        ofs: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+        *,
+        condition_latents: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        subject_embeds: Tensor | None = None,
+        condition_cache: ConditionCache | None = None,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict v for the target image, or run the stock model if there is no condition.
+
+        Args:
+            hidden_states: Noisy target latents, [B, F, C, h, w]; F = `geometry.frames_per_image` (1, or 2 for CogVideoX 1.5).
+            encoder_hidden_states: Text features, [B, T, text_embed_dim].
+            timestep: Target timestep, [B].
+            timestep_cond: As in the stock model.
+            ofs: Stock model only.
+            image_rotary_emb: Stock model only; with a condition the tables follow from the sizes.
+            attention_kwargs: {"scale": LoRA scale}, as in the stock model.
+            return_dict: As in the stock model.
+            condition_latents: Clean latents of K condition images, [B, K, C, h, w]; one latent frame each in every geometry.
+            task_ids: Task of each sample, [B]; needed with `condition_latents`.
+            subject_embeds: Pooled text features of each prompt's subject, [B, text_embed_dim], or None.
+            condition_cache: Instead of `condition_latents`, what `encode_condition` returned.
+
+        Returns:
+            Prediction for the target, [B, F, C, h, w].
+
+        Raises:
+            ValueError: Shapes disagree, or neither or both of condition_latents and condition_cache fit.
+        """
+        if condition_latents is None and condition_cache is None:
+            return super().forward(  # type: ignore[no-any-return]
+                hidden_states,
+                encoder_hidden_states,
+                timestep,
+                timestep_cond,
+                ofs,
+                image_rotary_emb,
+                attention_kwargs,
+                return_dict,
+            )
+        if condition_latents is not None and condition_cache is not None:
+            raise ValueError("condition_latents and condition_cache must not both be given, got both")
+        output = self._denoise(
+            hidden_states,
+            encoder_hidden_states,
+            timestep,
+            timestep_cond,
+            condition_latents,
+            task_ids,
+            subject_embeds,
+            condition_cache,
+            attention_kwargs=attention_kwargs,
+        )
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    @apply_lora_scale("attention_kwargs")
+    def encode_condition(
+        self,
+        condition_latents: Tensor,
+        task_ids: Tensor,
+        subject_embeds: Tensor | None = None,
+        *,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> ConditionCache:
+        """Run the condition branch alone and keep its keys and values (after norm and rotation) of every block.
+
+        Args:
+            condition_latents: Clean latents, [B, K, C, h, w]; B = 1 is shared by any batch later.
+            task_ids: [B].
+            subject_embeds: [B, text_embed_dim] or None.
+            attention_kwargs: {"scale": LoRA scale}; must equal that of the steps which use the cache.
+
+        Raises:
+            ValueError: The preset does not make the condition independent of step, prompt and target.
+        """
+        preset = get_preset(self.config.preset)
+        if not preset.cacheable:
+            raise ValueError(f"preset must be 'cached' to cache the condition, got {preset.name!r}")
+        batch, conditions, _, height, width = condition_latents.shape
+        tokens = self._condition_tokens(condition_latents, task_ids, subject_embeds).contiguous()
+        names = condition_names(conditions)
+        joint = joint_layout(preset, 0, tokens.shape[1] // conditions, conditions)
+        rows = sublayout(joint, names)
+        rotary = self._rotary(height, width, tuple(range(conditions)), tokens.device, start=0)
+        temb = self._time_embedding(torch.zeros(batch, device=tokens.device), tokens.dtype)
+
+        cached: list[KeyValue] = []
+        residual, branch, gate = tokens, None, None
+        last = len(self.transformer_blocks) - 1
+        for i, block in enumerate(self.transformer_blocks):
+            norm1, norm2 = self._condition_site(i, temb, conditions)
+            if i == last:
+                # nothing after the last block's keys and values is used
+                _, normed = norm_site(block.norm1.norm, residual, branch, gate, norm1, rows, self.impl)
+                _, k, v = project_qkv(block.attn1, normed, rotary, self.impl)
+                cached.append(KeyValue(k, v))
+                break
+            residual, branch, own = block_forward(
+                block, residual, branch, gate, norm1, norm2, rows, rows, rotary, impl=self.impl
+            )
+            gate = norm2.gate
+            cached.append(own)
+        return ConditionCache(cached, conditions, self.geometry.grid(height, width))
+
+    @apply_lora_scale("attention_kwargs")
+    def _denoise(
+        self,
+        latents: Tensor,
+        text: Tensor,
+        timestep: Tensor,
+        timestep_cond: Tensor | None,
+        condition_latents: Tensor | None,
+        task_ids: Tensor | None,
+        subject_embeds: Tensor | None,
+        cache: ConditionCache | None,
+        *,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor:
+        preset = get_preset(self.config.preset)
+        conditions = self._check_inputs(latents, text, condition_latents, task_ids, cache)
+        height, width = latents.shape[-2:]
+
+        temb = self._time_embedding(timestep, latents.dtype, timestep_cond)
+        text_tokens = self.patch_embed.text_proj(text)
+        target_tokens = self._image_tokens(latents, (conditions,))
+        joint = joint_layout(preset, text.shape[1], target_tokens.shape[1], conditions)
+        if cache is None:
+            assert condition_latents is not None and task_ids is not None
+            tokens = [text_tokens, target_tokens, self._condition_tokens(condition_latents, task_ids, subject_embeds)]
+            rows, frames = joint, (conditions, *range(conditions))
+            condition_temb = (
+                self._time_embedding(torch.zeros_like(timestep), latents.dtype) if preset.condition_time_zero else temb
+            )
+        else:
+            tokens, rows, frames = [text_tokens, target_tokens], sublayout(joint, ("text", "target")), (conditions,)
+            condition_temb = None
+        residual = self.embedding_dropout(torch.cat(tokens, dim=1))
+        rotary = self._rotary(height, width, frames, residual.device, start=text.shape[1])
+        sites = [self._sites(i, temb, condition_temb, conditions) for i in range(len(self.transformer_blocks))]
+
+        residual, branch, gate = self._run_blocks(residual, sites, rows, joint, rotary, cache)
+        target = SegmentLayout(("target",), (target_tokens.shape[1],))
+        residual = finish(residual, branch, gate, target, self.impl)
+        output = self.proj_out(self.norm_out(self.norm_final(residual), temb=temb))
+        return self._unpatchify(output, latents.shape)
+
+    def _run_blocks(
+        self,
+        residual: Tensor,
+        sites: list[Site],
+        rows: SegmentLayout,
+        joint: SegmentLayout,
+        rotary: Rotary,
+        cache: ConditionCache | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        branch: Tensor | None = None
+        gate: Tensor | None = None
+        last = len(self.transformer_blocks) - 1
+        for i, (block, (norm1, norm2)) in enumerate(zip(self.transformer_blocks, sites, strict=True)):
+            args = (block, residual, branch, gate, norm1, norm2, rows, joint, rotary)
+            # the last block computes only what the target needs: every key and value, but one segment's queries
+            kwargs: dict[str, Any] = {"keep": ("target",) if i == last else None, "impl": self.impl}
+            if cache is not None:
+                kwargs["cached"] = cache.blocks[i]
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                residual, branch, _ = self._gradient_checkpointing_func(block_forward, *args, **kwargs)
+            else:
+                residual, branch, _ = block_forward(*args, **kwargs)
+            gate = norm2.gate
+        assert branch is not None and gate is not None
+        return residual, branch, gate[:, rows.index("target"), None]
+
+    def _time_embedding(self, timestep: Tensor, dtype: torch.dtype, timestep_cond: Tensor | None = None) -> Tensor:
+        """[B] -> [B, time_embed_dim]; the sinusoid is float32, the MLP runs in the model's dtype, as in diffusers."""
+        embedded: Tensor = self.time_embedding(self.time_proj(timestep).to(dtype), timestep_cond)
+        return embedded
+
+    def _image_tokens(self, latents: Tensor, frames: tuple[int, ...]) -> Tensor:
+        """Patch embedding with positions: [B, F, C, h, w] -> [B, len(frames) * N, d]; one frame index per image."""
+        embed, (batch, _, _, height, width) = self.patch_embed, latents.shape
+        p, p_t = self.geometry.patch_size, self.geometry.patch_size_t
+        if p_t is None:
+            tokens = embed.proj(latents.flatten(0, 1)).flatten(2).transpose(1, 2)
+        else:
+            # (F, p_t), (h, p), (w, p) patches; features in the order (C, p_t, p, p), as diffusers' CogVideoXPatchEmbed
+            patches = latents.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(1, (-1, p_t))
+            tokens = embed.proj(patches.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4))
+        tokens = tokens.reshape(batch, -1, self.geometry.dim)
+        positions = self.geometry.sincos_table(height, width, frames, tokens.device, tokens.dtype)
+        return tokens if positions is None else tokens + positions
+
+    def _condition_tokens(self, latents: Tensor, task_ids: Tensor, subject_embeds: Tensor | None) -> Tensor:
+        """Unified Condition Embedding: [B, K, C, h, w] -> [B, K * N, d] at frames 0..K-1."""
+        conditions = latents.shape[1]
+        frames = latents.repeat_interleave(self.geometry.frames_per_image, dim=1)
+        tokens = self._image_tokens(frames, tuple(range(conditions)))
+        return tokens + self.condition_embedding(task_ids, subject_embeds)[:, None].to(tokens.dtype)
+
+    def _rotary(self, height: int, width: int, frames: tuple[int, ...], device: torch.device, start: int) -> Rotary:
+        cos, sin = self.geometry.rotary_tables(height, width, frames, device)
+        return Rotary(cos, sin, start)
+
+    def _sites(self, index: int, temb: Tensor, condition_temb: Tensor | None, conditions: int) -> Site:
+        """Both norm sites of a block: text rows 3d:6d and target rows 0:3d of the stock linear, the condition's own branch."""
+        block: Any = self.transformer_blocks[index]
+        own: Any = self.condition_adaln[index]
+        sites = []
+        for norm, linear in ((block.norm1, own.norm1), (block.norm2, own.norm2)):
+            parts = norm.linear(norm.silu(temb)).chunk(6, dim=1)
+            rows = [parts[3:], parts[:3]]
+            if condition_temb is not None:
+                rows += [linear(norm.silu(condition_temb)).chunk(3, dim=1)] * conditions
+            sites.append(stack_modulation(rows))
+        return sites[0], sites[1]
+
+    def _condition_site(self, index: int, temb: Tensor, conditions: int) -> Site:
+        block: Any = self.transformer_blocks[index]
+        own: Any = self.condition_adaln[index]
+        return (
+            stack_modulation([own.norm1(block.norm1.silu(temb)).chunk(3, dim=1)] * conditions),
+            stack_modulation([own.norm2(block.norm2.silu(temb)).chunk(3, dim=1)] * conditions),
+        )
+
+    def _unpatchify(self, tokens: Tensor, shape: torch.Size) -> Tensor:
+        """[B, N, features] -> [B, F, C, h, w]."""
+        rows, columns = self.geometry.grid(shape[-2], shape[-1])
+        p, p_t = self.geometry.patch_size, self.geometry.frames_per_image
+        patches = tokens.reshape(shape[0], -1, rows, columns, shape[2], p_t, p, p)
+        return patches.permute(0, 1, 5, 4, 2, 6, 3, 7).reshape(shape)
+
+    def _check_inputs(
+        self,
+        latents: Tensor,
+        text: Tensor,
+        condition_latents: Tensor | None,
+        task_ids: Tensor | None,
+        cache: ConditionCache | None,
+    ) -> int:
+        frames = self.geometry.frames_per_image
+        if latents.dim() != 5 or latents.shape[1] != frames or latents.shape[2] != self.config.in_channels:
+            expected = f"[B, {frames}, {self.config.in_channels}, h, w]"
+            raise ValueError(f"hidden_states must have shape {expected}, got {list(latents.shape)}")
+        grid = self.geometry.grid(latents.shape[-2], latents.shape[-1])
+        if text.shape[0] != latents.shape[0]:
+            raise ValueError(f"encoder_hidden_states must have batch {latents.shape[0]}, got {text.shape[0]}")
+        if cache is not None:
+            if not get_preset(self.config.preset).cacheable:
+                raise ValueError(f"condition_cache needs preset 'cached', got {self.config.preset!r}")
+            if cache.grid != grid:
+                raise ValueError(f"condition_cache must be of a {grid} token grid, got {cache.grid}")
+            return cache.conditions
+        assert condition_latents is not None
+        wanted = (latents.shape[0], *latents.shape[2:])
+        got = (condition_latents.shape[0], *condition_latents.shape[2:])
+        if condition_latents.dim() != 5 or got != wanted:
+            raise ValueError(f"condition_latents must have shape [B, K, C, h, w] = {list(wanted)} but for K, got {list(got)}")
+        if task_ids is None:
+            raise ValueError("task_ids must be given with condition_latents, got None")
+        return int(condition_latents.shape[1])
+
+
+def _check_base(config: Any) -> None:
+    if config.in_channels != config.out_channels or config.ofs_embed_dim or config.use_learned_positional_embeddings:
+        raise ValueError(
+            "the base must be a text-to-video CogVideoX (in_channels = out_channels, no ofs_embed_dim, no learned positions), "
+            f"got in_channels {config.in_channels}, out_channels {config.out_channels}, ofs_embed_dim {config.ofs_embed_dim}, "
+            f"use_learned_positional_embeddings {config.use_learned_positional_embeddings}"
+        )

@@ -1,0 +1,22 @@
+"""Triton kernels for image-conditioned video diffusion transformers, forward and backward.
+
+`rgkernels.patch(pipe)` runs a stock diffusers CogVideoX on them; the ops below build other models. Importing needs torch
+alone: Triton is imported when a Triton implementation is asked for.
+"""
+
+from rgkernels.adaln import segment_adaln, segment_gate_residual, segment_gate_residual_adaln
+from rgkernels.attention import segment_attention
+from rgkernels.qk_norm_rope import qk_norm_rope
+from rgkernels.segments import SegmentLayout
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SegmentLayout",
+    "__version__",
+    "qk_norm_rope",
+    "segment_adaln",
+    "segment_attention",
+    "segment_gate_residual",
+    "segment_gate_residual_adaln",
+]

@@ -1,0 +1,1 @@
+"""The Triton implementations. Nothing here is imported before `impl="triton"` asks for it."""

