@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ import diffusers
 import torch
 from diffusers import CogVideoXPipeline
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rgkernels
 from realgeneral.errors import Failure, UsageError
+from realgeneral.layout import PRESETS
 from realgeneral.tasks import get_task
 from realgeneral.transformer import RealGeneralTransformer3DModel
 
@@ -103,7 +105,7 @@ class AdapterInfo:
                 geometry=json.loads(metadata["geometry"]),
                 versions=json.loads(metadata["versions"]),
             )
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise Failure(f"{path} must carry RealGeneral's metadata, got a file without a valid {error}") from None
 
 
@@ -130,6 +132,10 @@ def add_lora(
     """
     if rank < 1:
         raise UsageError(f"rank must be at least 1, got {rank}")
+    linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linears):
+            raise UsageError(f"LoRA target must name linear layers of the base such as {list(LORA_TARGETS)}, got {target!r}")
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets)))
     mark_trainable(transformer)
 
@@ -181,15 +187,19 @@ def save_adapter(
     cast = (lambda x: x.detach().cpu().contiguous()) if dtype is None else (lambda x: x.detach().to("cpu", dtype).contiguous())
     lora = {name: cast(x) for name, x in get_peft_model_state_dict(transformer).items()}
     metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in transformer.peft_config["default"].to_dict().items()}
-    CogVideoXPipeline.save_lora_weights(
-        str(partial), transformer_lora_layers=lora, transformer_lora_adapter_metadata=metadata, weight_name=LORA_FILE
-    )
     branch = {name: cast(x) for name, x in transformer.condition_parameters().items()}
-    save_file(branch, partial / CONDITION_FILE, info.to_metadata())
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (LORA_FILE, CONDITION_FILE):
-        os.replace(partial / name, folder / name)
-    partial.rmdir()
+    try:
+        CogVideoXPipeline.save_lora_weights(
+            str(partial), transformer_lora_layers=lora, transformer_lora_adapter_metadata=metadata, weight_name=LORA_FILE
+        )
+        save_file(branch, partial / CONDITION_FILE, info.to_metadata())
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (LORA_FILE, CONDITION_FILE):
+            os.replace(partial / name, folder / name)
+    except (OSError, SafetensorError) as error:
+        raise Failure(f"adapter could not be written to {folder}: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
@@ -220,47 +230,116 @@ def load_adapter(
         Failure: A file is missing, truncated, or the two do not belong together.
     """
     info = read_adapter_info(folder)
-    own = geometry_of(transformer)
-    different = {k: (info.geometry.get(k), own[k]) for k in GEOMETRY_KEYS if info.geometry.get(k) != own[k]}
-    if different:
-        listed = ", ".join(f"{k} = {theirs} (this base: {ours})" for k, (theirs, ours) in different.items())
-        raise UsageError(f"adapter must be for this base, got one trained on {info.base!r} with {listed}")
-    if preset is not None and preset != info.preset:
-        raise UsageError(f"adapter must be of preset {preset!r}, got one trained in preset {info.preset!r}")
-    lora_path = _existing(folder, LORA_FILE)
-    branch_path = _existing(folder, CONDITION_FILE)
+    lora_path, branch_path = _existing(folder, LORA_FILE), _existing(folder, CONDITION_FILE)
+    lora, branch = read_tensors(lora_path), read_tensors(branch_path)
+    # everything is checked before the model is touched
+    _check_fits(transformer, info, preset)
+    _check_lora(transformer, lora, info, lora_path)
+    shapes = {name: p.shape for name, p in transformer.condition_parameters().items()}
+    shapes["condition_embedding.task.weight"] = torch.Size((len(info.tasks), transformer.geometry.dim))
+    check_branch(shapes, branch, branch_path)
+
     transformer.configure_condition(info.task_names, info.preset)
-    try:
-        with safe_open(lora_path, "pt"):
-            pass
-        with safe_open(branch_path, "pt") as file:
-            branch = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise Failure(f"{lora_path.parent} must hold complete safetensors files, got: {error}") from None
     copy_branch(transformer, branch, branch_path)
     transformer.load_lora_adapter(str(folder), prefix="transformer", weight_name=LORA_FILE, adapter_name="default")
     for parameter in mark_trainable(transformer):
         # inference runs in the base's dtype; a trainer that goes on calls mark_trainable again
         parameter.data = parameter.data.to(transformer.proj_out.weight.dtype)
         parameter.requires_grad_(False)
-    rank = transformer.peft_config["default"].r
-    if rank != info.rank:
-        raise Failure(f"{lora_path} must have rank {info.rank} like {CONDITION_FILE}, got {rank}")
     return info
+
+
+def _check_fits(transformer: RealGeneralTransformer3DModel, info: AdapterInfo, preset: str | None) -> None:
+    own = geometry_of(transformer)
+    different = {k: (info.geometry.get(k), own[k]) for k in GEOMETRY_KEYS if info.geometry.get(k) != own[k]}
+    if different:
+        listed = ", ".join(f"{k} = {theirs} (this base: {ours})" for k, (theirs, ours) in different.items())
+        raise UsageError(f"adapter must be for this base, got one trained on {info.base!r} with {listed}")
+    if info.preset not in PRESETS:
+        raise Failure(f"adapter must have a preset of {tuple(PRESETS)}, got {info.preset!r}")
+    if preset is not None and preset != info.preset:
+        raise UsageError(f"adapter must be of preset {preset!r}, got one trained in preset {info.preset!r}")
+    if getattr(transformer, "peft_config", None):
+        raise UsageError("transformer must have no LoRA before an adapter is loaded, got one: call unload_lora_weights() first")
+    try:
+        _ = info.task_names
+    except ValueError as error:
+        raise UsageError(f"adapter must be of registered tasks: {error}") from None
+
+
+def _check_lora(
+    transformer: RealGeneralTransformer3DModel, lora: dict[str, torch.Tensor], info: AdapterInfo, path: Path
+) -> None:
+    for name, tensor in lora.items():
+        module, _, part = name.removeprefix("transformer.").partition(".lora_")
+        try:
+            linear: Any = transformer.get_submodule(module)
+        except AttributeError:
+            linear = None
+        if part not in ("A.weight", "B.weight") or not isinstance(linear, nn.Linear):
+            raise Failure(f"{path} must hold LoRA weights of this base, got {name}")
+        rank = tensor.shape[0] if part == "A.weight" else tensor.shape[-1]
+        if rank != info.rank:
+            raise Failure(f"{path} must have rank {info.rank} like {CONDITION_FILE}, got {rank}")
+        wanted = [rank, linear.in_features] if part == "A.weight" else [linear.out_features, rank]
+        if list(tensor.shape) != wanted:
+            raise Failure(f"{name} in {path} must have shape {wanted}, got {list(tensor.shape)}")
+    with safe_open(path, "pt") as file:
+        stored = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    alpha = stored.get("transformer.lora_alpha")
+    if alpha != info.alpha:
+        raise Failure(f"{path} must have alpha {info.alpha} like {CONDITION_FILE}, got {alpha}")
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file; Failure if it is damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise Failure(f"{path} must be a complete safetensors file, got: {error}") from None
+
+
+@torch.no_grad()
+def merge_lora(transformer: RealGeneralTransformer3DModel) -> None:
+    """Add the LoRA into the base weights, so that it costs nothing at inference; the originals are kept on the CPU."""
+    for layer in _lora_layers(transformer):
+        if not layer.merged:
+            layer.unmerged_weight = layer.get_base_layer().weight.detach().to("cpu", copy=True)
+            layer.merge()
+
+
+@torch.no_grad()
+def unmerge_lora(transformer: RealGeneralTransformer3DModel) -> None:
+    """Undo `merge_lora` bit for bit (PEFT's own unmerge subtracts, which rounds)."""
+    for layer in _lora_layers(transformer):
+        if layer.merged:
+            layer.get_base_layer().weight.copy_(layer.unmerged_weight)
+            layer.merged_adapters.clear()
+            del layer.unmerged_weight
+
+
+def _lora_layers(transformer: RealGeneralTransformer3DModel) -> list[Any]:
+    return [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+
+
+def check_branch(shapes: Mapping[str, torch.Size], branch: dict[str, torch.Tensor], path: Path) -> None:
+    """Failure if the names or shapes of a condition branch's tensors differ from those wanted."""
+    if shapes.keys() != branch.keys():
+        odd = sorted(shapes.keys() ^ branch.keys())[0]
+        raise Failure(
+            f"{path} must hold the {len(shapes)} tensors of this base's condition branch, got {len(branch)}; first odd: {odd}"
+        )
+    for name, shape in shapes.items():
+        if shape != branch[name].shape:
+            raise Failure(f"{name} in {path} must have shape {list(shape)}, got {list(branch[name].shape)}")
 
 
 @torch.no_grad()
 def copy_branch(transformer: RealGeneralTransformer3DModel, branch: dict[str, torch.Tensor], path: Path) -> None:
     """Copy the tensors of a condition branch into a model; Failure if names or shapes differ."""
     own = transformer.condition_parameters()
-    if own.keys() != branch.keys():
-        odd = sorted(own.keys() ^ branch.keys())[0]
-        raise Failure(
-            f"{path} must hold the {len(own)} tensors of this base's condition branch, got {len(branch)}; first odd: {odd}"
-        )
+    check_branch({name: parameter.shape for name, parameter in own.items()}, branch, path)
     for name, parameter in own.items():
-        if parameter.shape != branch[name].shape:
-            raise Failure(f"{name} in {path} must have shape {list(parameter.shape)}, got {list(branch[name].shape)}")
         parameter.copy_(branch[name])
 
 

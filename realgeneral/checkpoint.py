@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections import defaultdict
 from dataclasses import asdict
@@ -16,9 +17,8 @@ from typing import Any
 
 import torch
 from peft.utils import set_peft_model_state_dict
-from safetensors.torch import load_file
 
-from realgeneral.adapter import CONDITION_FILE, LORA_FILE, AdapterInfo, copy_branch, save_adapter
+from realgeneral.adapter import CONDITION_FILE, LORA_FILE, AdapterInfo, copy_branch, read_tensors, save_adapter
 from realgeneral.config import TrainConfig, check_resumable
 from realgeneral.errors import Failure, UsageError
 
@@ -28,7 +28,8 @@ STATE_FILE = "training_state.pt"
 def checkpoints(output: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     found = (output / "checkpoints").glob("step-*")
-    return sorted(p for p in found if p.suffix == "" and (p / STATE_FILE).is_file())
+    complete = (p for p in found if p.name.removeprefix("step-").isdecimal() and (p / STATE_FILE).is_file())
+    return sorted(complete, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def start_or_resume(config: TrainConfig, output: Path) -> Path | None:
@@ -47,8 +48,7 @@ def start_or_resume(config: TrainConfig, output: Path) -> Path | None:
         return None
     if not config.resume:
         raise UsageError(f"output must be a new folder, got {output} which holds {found[-1].name}; add --resume to continue it")
-    old = torch.load(found[-1] / STATE_FILE, weights_only=True, map_location="cpu")["config"]
-    check_resumable(old, config)
+    check_resumable(_read_state(found[-1])["config"], config)
     return found[-1]
 
 
@@ -80,14 +80,25 @@ def save(output: Path, config: TrainConfig, info: AdapterInfo, step: int, transf
 
 def load(folder: Path, transformer: Any, optimizer: Any, ema: Any) -> int:
     """Restore weights, optimizer and average; returns the number of steps done."""
-    copy_branch(transformer, load_file(folder / CONDITION_FILE), folder / CONDITION_FILE)
-    lora = {name.removeprefix("transformer."): x for name, x in load_file(folder / LORA_FILE).items()}
+    state = _read_state(folder)
+    copy_branch(transformer, read_tensors(folder / CONDITION_FILE), folder / CONDITION_FILE)
+    lora = {name.removeprefix("transformer."): x for name, x in read_tensors(folder / LORA_FILE).items()}
     set_peft_model_state_dict(transformer, lora)
-    state = torch.load(folder / STATE_FILE, weights_only=True, map_location="cpu")
     optimizer.load_state_dict(state["optimizer"])
     if ema is not None:
         ema.load_state_dict(state["ema"])
+        ema.to(transformer.device)
     return int(state["step"])
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(folder / STATE_FILE, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        raise Failure(
+            f"{folder / STATE_FILE} must be a complete file, got a damaged one; remove {folder.name} to resume before it"
+        ) from None
+    return state
 
 
 class MetricsLog:

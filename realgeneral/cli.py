@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from realgeneral.errors import UsageError
+from realgeneral.errors import Failure, UsageError
 
 USAGE = """usage: realgeneral COMMAND [options]
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in rest:
             traceback.print_exc()
         text = " ".join(str(error).split()) or type(error).__name__
-        known = isinstance(error, (UsageError, OSError)) or type(error).__name__ == "Failure"
+        known = isinstance(error, (UsageError, Failure, OSError))
         print(f"realgeneral {command}: {text if known else f'{type(error).__name__}: {text}'}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
@@ -47,8 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(command: str, config: Any, arguments: list[str]) -> Any:
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(config, prog=f"realgeneral {command}", description=config.__doc__)
-    return parser.parse_args_into_dataclasses(arguments)[0]
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(f"{message} (realgeneral {command} --help lists the options)")
+
+    parser = Parser(config, prog=f"realgeneral {command}", description=config.__doc__, allow_abbrev=False)
+    *parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        parser.error(f"options must be known, got {' '.join(unknown)}")
+    return parsed[0]
 
 
 def _demo(arguments: list[str]) -> None:

@@ -15,6 +15,12 @@ def _opt(help: str, default: Any = None, *, many: tuple[str, ...] | None = None)
     return field(default=default, metadata={"help": help})
 
 
+def _check_at_least_one(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise UsageError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """LoRA training of a RealGeneral adapter on a frozen CogVideoX, nano or real."""
@@ -45,6 +51,7 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16"] = _opt("bf16: base in bfloat16, trained weights in float32, autocast", "no")
     gradient_checkpointing: bool = _opt("recompute activations in the backward pass", False)
     fused_kernels: bool = _opt("run the model on the Triton kernels of rgkernels", False)
+    compile: bool = _opt("torch.compile the transformer (a minute at the start; rounding differs from eager)", False)
     seed: int = _opt("seed of everything", 0)
     save_every: int = _opt("steps between checkpoints", 200)
     keep_checkpoints: int = _opt("how many of the newest checkpoints stay", 2)
@@ -60,24 +67,24 @@ class TrainConfig:
     debug: bool = _opt("show the traceback of an error", False)
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "rank",
-            "save_every",
-            "keep_checkpoints",
-            "log_every",
-        ):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("text_dropout", "condition_dropout"):
+        _check_at_least_one(
+            self, "steps", "batch_size", "gradient_accumulation_steps", "rank", "save_every", "keep_checkpoints", "log_every"
+        )
+        for name in ("text_dropout", "condition_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        for name in ("num_workers", "sample_count", "sample_every", "warmup_steps", "weight_decay", "alpha", "seed"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} must not be negative, got {getattr(self, name)}")
+        _check_at_least_one(self, "sample_steps")
+        if not self.max_grad_norm > 0:
+            raise UsageError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
         if not self.learning_rate > 0:
             raise UsageError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.task_weights and len(self.task_weights) != len(self.tasks):
             raise UsageError(f"task_weights must have one entry per task ({len(self.tasks)}), got {len(self.task_weights)}")
+        if self.task_weights and (min(self.task_weights) < 0 or not sum(self.task_weights) > 0):
+            raise UsageError(f"task_weights must not be negative and not all 0, got {self.task_weights}")
 
 
 # settings that may differ between a run and its continuation without changing what is learned from the next batch
@@ -125,9 +132,7 @@ class GenerateConfig:
         for name in ("prompt", "task"):
             if not getattr(self, name):
                 raise UsageError(f"--{name} must be given, got none")
-        for name in ("steps", "num_images"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _check_at_least_one(self, "steps", "num_images")
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,11 @@ class DemoConfig:
     fused_kernels: bool = _opt("run the model on the Triton kernels of rgkernels", False)
     debug: bool = _opt("show the traceback of an error", False)
 
+    def __post_init__(self) -> None:
+        _check_at_least_one(self, "concepts", "steps")
+        if self.train_steps < 0:
+            raise UsageError(f"train_steps must not be negative, got {self.train_steps}")
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -159,3 +169,6 @@ class EvaluateConfig:
     batch_size: int = _opt("images at once", 25)
     seed: int = _opt("random seed", 0)
     debug: bool = _opt("show the traceback of an error", False)
+
+    def __post_init__(self) -> None:
+        _check_at_least_one(self, "concepts", "steps", "batch_size")

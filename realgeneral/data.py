@@ -10,7 +10,7 @@ import io
 import json
 import random
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from realgeneral.embedding import subject_span_mask
 from realgeneral.errors import Failure, UsageError
 from realgeneral.pictures import fit_picture, load_picture, to_pixels
 from realgeneral.tasks import Task, get_task
@@ -90,7 +91,7 @@ class FolderSource:
         self.folder = folder
         listing = folder / "metadata.jsonl"
         if listing.is_file():
-            lines = listing.read_text(encoding="utf-8").splitlines()
+            lines = _text(listing.read_bytes(), str(listing)).split("\n")
             self.rows = [(f"{listing.name} line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
         else:
             pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
@@ -110,7 +111,7 @@ class FolderSource:
             caption = (self.folder / name).with_suffix(".txt")
             if not caption.is_file():
                 raise Failure(f"{name} must have a caption {caption.name} beside it, got none")
-            return make_row(name, {"target": name, "prompt": caption.read_text(encoding="utf-8").strip()}, self._read)
+            return make_row(name, {"target": name, "prompt": _text(caption.read_bytes(), caption.name).strip()}, self._read)
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
@@ -155,7 +156,7 @@ class ParquetSource:
         return make_row(self.row_name(index), record, self._read)
 
     def _read(self, value: Any) -> Image.Image:
-        data = value["bytes"] if isinstance(value, dict) else value
+        data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise Failure(f"pictures in {self.path.name} must be bytes, got {type(data).__name__}")
         return load_picture(data)
@@ -171,7 +172,7 @@ class TarSource:
         self.path = path
         members: dict[str, dict[str, tuple[int, int]]] = {}
         try:
-            with tarfile.open(path) as tar:
+            with tarfile.open(path, "r:") as tar:  # members are read in place, so no compression
                 for member in tar:
                     if member.isfile():
                         folder, _, file = member.name.rpartition("/")
@@ -181,7 +182,7 @@ class TarSource:
                             member.size,
                         )
         except (tarfile.TarError, OSError) as error:
-            raise Failure(f"{path} must be a complete tar file, got: {error}") from None
+            raise Failure(f"{path} must be a complete, uncompressed tar file, got: {error}") from None
         self.samples = sorted(members.items())
 
     def __len__(self) -> int:
@@ -197,10 +198,12 @@ class TarSource:
         record: dict[str, Any] = {}
         try:
             if "json" in members:
-                record.update(json.loads(self._bytes(members["json"])))
+                described = json.loads(self._bytes(members["json"]))
+                # pictures come from members, never by name
+                record = {k: described[k] for k in ("prompt", "task", "subject") if k in described}
             if "txt" in members:
                 record["prompt"] = self._bytes(members["txt"]).decode().strip()
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise Failure(f"{self.row_name(index)} must have a readable json or txt member, got: {error}") from None
         pictures = {k: v for k, v in members.items() if f".{k.rpartition('.')[2]}" in PICTURES}
         targets = [v for k, v in pictures.items() if k.startswith("target.") or "." not in k]
@@ -220,6 +223,13 @@ class TarSource:
         return load_picture(self._bytes(value))
 
 
+def _text(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Failure(f"{name} must be UTF-8 text, got: {error}") from None
+
+
 def make_row(name: str, record: dict[str, Any], read: Any) -> Row:
     """Check a record's fields and read its pictures; Failure that names the row."""
     prompt, target = record.get("prompt"), record.get("target")
@@ -227,6 +237,9 @@ def make_row(name: str, record: dict[str, Any], read: Any) -> Row:
         raise Failure(f"{name} must have a prompt string, got {prompt!r}")
     if not target:
         raise Failure(f"{name} must have a target picture, got {target!r}")
+    for key in ("task", "subject"):
+        if not isinstance(record.get(key), str | None):
+            raise Failure(f"{name} must have a string as {key}, got {record[key]!r}")
     condition = record.get("condition")
     listed = condition if isinstance(condition, list) else [] if condition is None else [condition]
     try:
@@ -248,6 +261,23 @@ class Sample:
     skipped: tuple[str, ...] = ()
 
 
+class TextCheck:
+    """Failure for a row whose prompt is longer than the text window or does not name its subject."""
+
+    def __init__(self, tokenizer: Any, window: int) -> None:
+        self.tokenizer, self.window = tokenizer, window
+
+    def __call__(self, row: Row) -> None:
+        """Check one row."""
+        length = len(self.tokenizer(row.prompt).input_ids)
+        if length > self.window:
+            raise Failure(f"{row.name} must have a prompt of at most {self.window} tokens, got {length}: {row.prompt[:60]!r}")
+        try:
+            subject_span_mask(self.tokenizer, [row.prompt], [row.subject], self.window)
+        except ValueError as error:
+            raise Failure(f"{row.name}: {error}") from None
+
+
 class PairDataset(Dataset[Sample]):
     """Sample n of an endless run over a source: shuffled each epoch, its task and its condition drawn from (seed, n).
 
@@ -258,12 +288,20 @@ class PairDataset(Dataset[Sample]):
         size: (width, height) in pixels.
         seed: Seed of order, tasks and conditions.
         strict: Raise at a bad row instead of taking the next one.
+        check: Called with each row; raises Failure for a bad one.
     """
 
     def __init__(
-        self, source: Source, tasks: Sequence[str], weights: Sequence[float], size: tuple[int, int], seed: int, strict: bool
+        self,
+        source: Source,
+        tasks: Sequence[str],
+        weights: Sequence[float],
+        size: tuple[int, int],
+        seed: int,
+        strict: bool,
+        check: Callable[[Row], None] | None = None,
     ) -> None:
-        self.source, self.size, self.seed, self.strict = source, size, seed, strict
+        self.source, self.size, self.seed, self.strict, self.check = source, size, seed, strict, check
         self.tasks = [get_task(spec) for spec in tasks]
         self.by_name = {task.name: task for task in self.tasks}
         self.weights = list(weights) or [1.0] * len(self.tasks)
@@ -292,6 +330,8 @@ class PairDataset(Dataset[Sample]):
     def sample(self, index: int, seed: int, skipped: tuple[str, ...] = ()) -> Sample:
         """Make the sample of one row; Failure if the row is bad."""
         row = self.source.row(index, seed)
+        if self.check is not None:
+            self.check(row)
         task = self._task(row, seed)
         width, height = self.size
         target = fit_picture(row.target, width, height)
@@ -311,10 +351,13 @@ class PairDataset(Dataset[Sample]):
             if row.task not in self.by_name:
                 raise Failure(f"{row.name}: task must be one of {sorted(self.by_name)}, got {row.task!r}")
             return self.by_name[row.task]
-        # a row with a condition and no task is of the first task; otherwise draw one that derives its condition
+        # a row with a condition and no task is of the first task; otherwise draw one whose condition can be had
         if row.conditions:
             return self.tasks[0]
-        return random.Random(seed).choices(self.tasks, self.weights)[0]
+        weights = [w if task.derives or row.reference else 0.0 for task, w in zip(self.tasks, self.weights, strict=True)]
+        if not any(weights):
+            raise Failure(f"{row.name} must have a condition, since none of {sorted(self.by_name)} derives one")
+        return random.Random(seed).choices(self.tasks, weights)[0]
 
 
 class RunSampler(Sampler[int]):

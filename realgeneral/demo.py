@@ -1,4 +1,4 @@
-"""What `make demo` shows: seven words of the paper at 64 px, on a CPU, in minutes.
+"""What `make demo` shows: the method on real images at 64 px, on a CPU, in minutes.
 
 First the shipped adapter turns conditions of held-out concepts into images, one row per task; then a short real LoRA training
 starts from the base on one task, with its loss curve and pictures before and after.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,12 +75,14 @@ def subject_span_mask(tokenizer: Any, prompts: Sequence[str], subjects: Sequence
         list(prompts), padding="max_length", max_length=max_length, truncation=True, return_offsets_mapping=True
     )
     for row, (prompt, subject) in enumerate(zip(prompts, subjects, strict=True)):
-        if not subject:
+        if not subject or not subject.strip():
             continue
-        start = prompt.lower().find(subject.lower())
-        if start < 0:
+        # whole words first ("pot" is not the start of "potion"); never through lower(), which can change the length
+        words = re.escape(subject.strip())
+        found = re.search(rf"(?<!\w){words}(?!\w)", prompt, re.IGNORECASE) or re.search(words, prompt, re.IGNORECASE)
+        if found is None:
             raise ValueError(f"subject must occur in the prompt {prompt!r}, got {subject!r}")
-        stop = start + len(subject)
+        start, stop = found.span()
         for column, (first, last) in enumerate(encoded["offset_mapping"][row]):
             if first < stop and last > start and last > first:
                 mask[row, column] = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,10 +50,12 @@ class HeldOut:
 
 
 def held_out(spec: str, count: int, size: tuple[int, int], seed: int) -> HeldOut:
-    """The first `count` held-out concepts (all if there are fewer) as pairs of a task."""
+    """`count` held-out concepts (all if there are fewer) in a fixed random order, as pairs of a task."""
     source = NanoSource("held_out", augment=False)
     dataset = PairDataset(source, [spec], [], size, seed, strict=True)
-    indices = [c * len(TARGET_STYLES) + c % len(TARGET_STYLES) for c in range(min(count, len(source.concepts)))]
+    # a fixed shuffle: neighbours in code point order are alike
+    order = random.Random(0).sample(range(len(source.concepts)), min(count, len(source.concepts)))
+    indices = [concept * len(TARGET_STYLES) + i % len(TARGET_STYLES) for i, concept in enumerate(order)]
     return HeldOut(
         [dataset.sample(i, seed * 1000 + i) for i in indices],
         [source.concepts[i // len(TARGET_STYLES)] for i in indices],
@@ -118,7 +121,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     base.transformer.configure_condition(pipe.adapter.task_names, pipe.adapter.preset)
     results: dict[str, Any] = {}
     for name in config.tasks or pipe.adapter.task_names:
-        spec = pipe.adapter.task_spec(get_task(name).name)
+        spec = pipe.adapter.task_spec(name.partition(":")[0])
         height, width = pipe._size(None, None)
         pairs = held_out(spec, config.concepts, (width, height), config.seed)
         images = {

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from realgeneral.adapter import read_adapter_info
 from realgeneral.config import GenerateConfig
-from realgeneral.errors import UsageError
+from realgeneral.errors import Failure, UsageError
 from realgeneral.kernels import use_kernels
 from realgeneral.pictures import fit_picture, load_picture, save_picture
-from realgeneral.pipeline import RealGeneralPipeline
+from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
 from realgeneral.tasks import get_task, mask_out
 from rgkernels import __version__
 
@@ -27,9 +28,10 @@ def generate(config: GenerateConfig) -> list[Path]:
         Failure: A file cannot be read.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _check(config, device)
     pictures = [load_picture(path) for path in config.condition]
     dtype = getattr(torch, config.dtype)
-    pipe = RealGeneralPipeline.from_pretrained(config.base, adapter=config.adapter, dtype=dtype)
+    pipe = RealGeneralPipeline.from_pretrained(config.base, adapter=config.adapter or None, dtype=dtype)
     use_kernels(pipe.transformer, config.fused_kernels, device)
     if config.offload:
         pipe.enable_model_cpu_offload()
@@ -37,14 +39,10 @@ def generate(config: GenerateConfig) -> list[Path]:
         pipe.to(device)
     height, width = pipe._size(config.height or None, config.width or None)
     conditions = pictures or [derive_condition(config, pipe, width, height)]
-    try:
-        task = get_task(config.task).name
-    except ValueError as error:
-        raise UsageError(str(error)) from None
     images = pipe(
         config.prompt,
         conditions,
-        task=task,
+        task=get_task(config.task).name,
         subject=config.subject or None,
         negative_prompt=config.negative_prompt or None,
         height=height,
@@ -57,10 +55,33 @@ def generate(config: GenerateConfig) -> list[Path]:
     return _write(images, config)
 
 
+def _check(config: GenerateConfig, device: torch.device) -> None:
+    """What can be told before a large model is loaded."""
+    try:
+        name = get_task(config.task).name
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if bool(config.condition) == bool(config.picture):
+        raise UsageError(f"one of --condition and --picture must be given, got {'both' if config.picture else 'neither'}")
+    if config.mask and (name != "inpainting" or not config.picture):
+        raise UsageError(f"--mask must come with --picture and --task inpainting, got --task {config.task}")
+    if config.offload and device.type == "cpu":
+        raise UsageError("--offload needs a GPU, found none")
+    output = Path(config.output)
+    if output.suffix.lower() != ".png" or output.is_dir():
+        raise UsageError(f"output must be a .png file, got {output}")
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise Failure(f"output must be in a folder, got {output} where {above} is a file")
+    for picture in (config.picture, config.mask):
+        if picture:
+            load_picture(picture)
+    if config.adapter:
+        read_adapter_info(resolve_adapter(config.adapter)).task_spec(name)
+
+
 def derive_condition(config: GenerateConfig, pipe: RealGeneralPipeline, width: int, height: int) -> Image.Image:
     """Make the condition from `--picture`, as the adapter's own task options say unless `--task` gives others."""
-    if not config.picture:
-        raise UsageError("--condition or --picture must be given, got neither")
     picture = fit_picture(load_picture(config.picture), width, height)
     if config.mask:
         return mask_out(picture, fit_picture(load_picture(config.mask), width, height))

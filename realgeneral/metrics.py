@@ -51,7 +51,7 @@ def retrieval_hits(queries: Tensor, gallery: Tensor, truth: Tensor, top: int = 1
         An ImageNet classifier's features, neither CLIP nor DINO; chance is top / G.
     """
     similarity = image_features(queries) @ image_features(gallery).T
-    nearest = similarity.topk(top, dim=1).indices
+    nearest = similarity.topk(min(top, len(gallery)), dim=1).indices
     return (nearest == truth[:, None]).any(dim=1).float()
 
 

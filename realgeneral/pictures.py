@@ -27,8 +27,8 @@ def load_picture(source: str | os.PathLike[str] | bytes, name: str | None = None
     name = name or (f"picture of {len(source)} bytes" if isinstance(source, bytes) else str(source))
     try:
         with warnings.catch_warnings():
-            # Pillow warns of large pictures at its own limit; ours is checked below, before any pixel is decoded
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Pillow warns of bad EXIF, and of large pictures at its own limit (ours is checked below, before decoding)
+            warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise Failure(f"{name} must have at most {MAX_PIXELS} pixels, got {picture.width} x {picture.height}")
@@ -46,6 +46,10 @@ def load_picture(source: str | os.PathLike[str] | bytes, name: str | None = None
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):
+        # 16-bit grey, as depth maps are stored: Pillow would clip it to white
+        grey = np.asarray(picture).astype(np.int64).clip(0, 65535)
+        picture = Image.fromarray((grey // (257 if picture.mode != "I" or grey.max(initial=0) > 255 else 1)).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
@@ -70,8 +74,11 @@ def save_picture(picture: Image.Image, path: str | os.PathLike[str], **options: 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    picture.save(partial, format="PNG", **options)
-    os.replace(partial, path)
+    try:
+        picture.save(partial, format="PNG", **options)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def picture_grid(

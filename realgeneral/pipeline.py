@@ -24,6 +24,8 @@ from realgeneral.transformer import ConditionCache, RealGeneralTransformer3DMode
 from realgeneral.vae import decode_latents, encode_images
 
 NANO_ASSETS = Path(__file__).resolve().parent / "nano" / "assets"
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CALLBACK_INPUTS = ("latents", "prompt_embeds")
 Conditions = Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]]
 
 
@@ -75,8 +77,11 @@ class RealGeneralPipeline(CogVideoXPipeline):
         Args:
             pretrained_model_name_or_path: Any CogVideoX text-to-video checkpoint (folder or hub id), or "nano".
             adapter: Adapter folder, or "nano".
-            **kwargs: As diffusers' `from_pretrained`, such as `dtype`.
+            **kwargs: As diffusers' `from_pretrained`; `dtype` is float32 unless given.
         """
+        if "torch_dtype" not in kwargs:
+            # transformers would load a half-precision text encoder as stored, which a CPU cannot run beside float32
+            kwargs.setdefault("dtype", torch.float32)
         pipe: RealGeneralPipeline = super().from_pretrained(resolve_base(pretrained_model_name_or_path), **kwargs)
         if adapter is not None:
             pipe.load_adapter(adapter)
@@ -86,6 +91,10 @@ class RealGeneralPipeline(CogVideoXPipeline):
         """Load an adapter folder (or "nano") into the transformer; see `realgeneral.adapter.load_adapter`."""
         self.adapter = load_adapter(self.transformer, resolve_adapter(adapter), preset=preset)
         return self.adapter
+
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported: that offload follows the calls of single layers, and the ops read the norms' weights directly."""
+        raise NotImplementedError("sequential CPU offload is not supported, use enable_model_cpu_offload()")
 
     @property
     def size_multiple(self) -> int:
@@ -108,7 +117,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
-        condition_cache: ConditionCache | None = None,
+        condition_cache: ConditionCache | Sequence[ConditionCache] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
@@ -131,7 +140,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
             num_images_per_prompt: Images per prompt.
             generator: Random state, one for all or one per image.
             latents: Initial noise, [images, F, C, h, w].
-            condition_cache: From `encode_condition`, instead of `condition`.
+            condition_cache: From `encode_condition`, instead of `condition`; a list for images cached each on its own.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: Return `RealGeneralPipelineOutput` instead of a tuple.
             attention_kwargs: {"scale": LoRA scale}.
@@ -147,15 +156,16 @@ class RealGeneralPipeline(CogVideoXPipeline):
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         height, width = self._size(height, width)
+        negatives = _as_list(negative_prompt, len(prompts))
+        self._check_call(prompts, negatives, condition is not None and condition_cache is not None, task, output_type)
+        self._check_counts(num_inference_steps, num_images_per_prompt, callback_on_step_end_tensor_inputs)
         conditions = self._condition_lists(condition, len(prompts)) if condition_cache is None else None
         self._guidance_scale, self._interrupt, self._attention_kwargs = guidance_scale, False, attention_kwargs
         device, guided = self._execution_device, guidance_scale > 1.0
         window = max_sequence_length or self.transformer.config.max_text_seq_length
-        self._check_prompts(prompts, window)
+        self._check_prompts([*prompts, *(negatives or [])], window)
 
-        text, negative = self.encode_prompt(
-            prompts, _as_list(negative_prompt, len(prompts)), guided, max_sequence_length=window, device=device
-        )
+        text, negative = self.encode_prompt(prompts, negatives, guided, max_sequence_length=window, device=device)
         text = text.to(self.transformer.dtype)
         subject_embeds = self._subject_embeds(prompts, subject, text, window)
         inputs = self._condition_inputs(conditions, condition_cache, task, subject_embeds, (height, width), attention_kwargs)
@@ -188,6 +198,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
         task: str,
         prompt: str | None = None,
         subject: str | None = None,
+        position: int = 0,
         height: int | None = None,
         width: int | None = None,
         attention_kwargs: dict[str, Any] | None = None,
@@ -199,6 +210,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
             task: As in `__call__`.
             prompt: Needed only with `subject`.
             subject: Words of `prompt` that name the subject; later prompts should name the same subject.
+            position: Place among several condition images that are cached each on its own (0 = first).
             height: Pixels.
             width: Pixels.
             attention_kwargs: {"scale": LoRA scale}.
@@ -214,7 +226,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
         conditions = self._condition_lists(condition, 1)
         latents = self._condition_latents(conditions, size)
         return self.transformer.encode_condition(
-            latents, self._task_ids(task, 1), subject_embeds, attention_kwargs=attention_kwargs
+            latents, self._task_ids(task, 1), subject_embeds, position=position, attention_kwargs=attention_kwargs
         )
 
     def _denoise_loop(
@@ -268,7 +280,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
     def _condition_inputs(
         self,
         conditions: list[list[Image.Image]] | None,
-        cache: ConditionCache | None,
+        cache: ConditionCache | Sequence[ConditionCache] | None,
         task: str,
         subject_embeds: Tensor | None,
         size: tuple[int, int],
@@ -276,7 +288,8 @@ class RealGeneralPipeline(CogVideoXPipeline):
     ) -> dict[str, Any]:
         """Keyword arguments of the transformer: a cache if the preset allows one, the clean latents otherwise."""
         if cache is not None:
-            return {"condition_cache": cache, "attention_kwargs": attention_kwargs}
+            joined = cache if isinstance(cache, ConditionCache) else ConditionCache.join(cache)
+            return {"condition_cache": joined, "attention_kwargs": attention_kwargs}
         assert conditions is not None
         task_ids = self._task_ids(task, len(conditions))
         latents = self._condition_latents(conditions, size)
@@ -343,7 +356,35 @@ class RealGeneralPipeline(CogVideoXPipeline):
         for name, value in (("height", height), ("width", width)):
             if value < self.size_multiple or value % self.size_multiple:
                 raise UsageError(f"{name} must be a positive multiple of {self.size_multiple}, got {value}")
+        if config.patch_size_t:
+            # 1.5's position table ends at the sample size
+            for name, value, limit in (("height", height, config.sample_height), ("width", width, config.sample_width)):
+                if value > limit * factor:
+                    raise UsageError(f"{name} must be at most {limit * factor}, got {value}")
         return height, width
+
+    def _check_call(
+        self, prompts: list[str], negatives: list[str] | None, both_conditions: bool, task: str, output_type: str
+    ) -> None:
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise UsageError(f"prompt must be a string or a list of strings, got {prompts!r}")
+        if negatives is not None and len(negatives) != len(prompts):
+            raise UsageError(f"negative_prompt must be one for all or one per prompt ({len(prompts)}), got {len(negatives)}")
+        if both_conditions:
+            raise UsageError("condition and condition_cache must not both be given, got both")
+        if output_type not in OUTPUT_TYPES:
+            raise UsageError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+        self._task_ids(task, 1)
+
+    def _check_counts(self, steps: int, images: int, callback_inputs: Sequence[str]) -> None:
+        if not 1 <= steps <= self.scheduler.config.num_train_timesteps:
+            raise UsageError(
+                f"num_inference_steps must be between 1 and {self.scheduler.config.num_train_timesteps}, got {steps}"
+            )
+        if images < 1:
+            raise UsageError(f"num_images_per_prompt must be at least 1, got {images}")
+        if not set(callback_inputs) <= set(CALLBACK_INPUTS):
+            raise UsageError(f"callback_on_step_end_tensor_inputs must be among {CALLBACK_INPUTS}, got {list(callback_inputs)}")
 
     def _task_ids(self, task: str, batch: int) -> Tensor:
         try:
@@ -363,8 +404,15 @@ class RealGeneralPipeline(CogVideoXPipeline):
             raise UsageError("condition must be an image or a list of images, got None")
         if isinstance(condition, Image.Image):
             condition = [condition]
-        rows: list[Any] = [list(condition)] if batch == 1 and isinstance(condition[0], Image.Image) else list(condition)
-        lists = [[row] if isinstance(row, Image.Image) else list(row) for row in rows]
+        if not isinstance(condition, (list, tuple)):
+            raise UsageError(f"condition must be an image or a list of images, got {type(condition).__name__}")
+        rows: list[Any] = (
+            [list(condition)] if batch == 1 and isinstance(next(iter(condition), None), Image.Image) else list(condition)
+        )
+        lists = [list(row) if isinstance(row, (list, tuple)) else [row] for row in rows]
+        for image in (image for row in lists for image in row):
+            if not isinstance(image, Image.Image):
+                raise UsageError(f"condition must be an image or a list of images, got a list with {type(image).__name__}")
         if len(lists) != batch:
             raise UsageError(f"condition must have one entry per prompt ({batch}), got {len(lists)}")
         if len({len(row) for row in lists}) != 1 or not lists[0]:

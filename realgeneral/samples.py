@@ -9,7 +9,7 @@ from PIL import Image
 
 from realgeneral.adapter import AdapterInfo
 from realgeneral.config import TrainConfig
-from realgeneral.data import PairDataset, open_source
+from realgeneral.data import PairDataset, TextCheck, open_source
 from realgeneral.pictures import picture_grid, save_picture
 from realgeneral.pipeline import RealGeneralPipeline
 
@@ -22,7 +22,8 @@ def sample_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInf
 
         source = NanoSource("held_out", augment=False)
     height, width = pipe._size(config.height or None, config.width or None)
-    dataset = PairDataset(source, info.tasks, config.task_weights, (width, height), config.seed, strict=False)
+    check = TextCheck(pipe.tokenizer, pipe.transformer.config.max_text_seq_length)
+    dataset = PairDataset(source, info.tasks, config.task_weights, (width, height), config.seed, strict=False, check=check)
     rows, labels = [], []
     device = pipe.transformer.device
     for n in range(config.sample_count):

@@ -45,6 +45,9 @@ def register(cls: type[Task]) -> type[Task]:
     return cls
 
 
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
 def get_task(spec: str) -> Task:
     """Build a task from "name" or "name:option=value,...".
 
@@ -62,8 +65,8 @@ def get_task(spec: str) -> Task:
             raise ValueError(f"option of task {name!r} must be one of {sorted(known)}, got {key!r}")
         kind: Any = type(known[key].default)
         try:
-            options[key] = kind(value)
-        except ValueError:
+            options[key] = _BOOLEANS[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
             raise ValueError(f"option {key} of task {name!r} must be of type {kind.__name__}, got {value!r}") from None
     return TASKS[name](**options)
 
@@ -97,7 +100,11 @@ class _DepthTask(Task):
     """Shared by both depth directions: a transformers depth-estimation pipeline that the user names."""
 
     model: str = ""
-    derives = True
+
+    @property
+    def derives(self) -> bool:  # type: ignore[override]
+        """Whether a model is named; without one the user supplies the depth map."""
+        return bool(self.model)
 
     def depth(self, picture: Image.Image) -> Image.Image:
         """Depth map as a grey RGB image, near = bright, of the picture's size."""

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from realgeneral import checkpoint
 from realgeneral.adapter import AdapterInfo, adapter_info, add_lora, load_adapter, mark_trainable, save_adapter
 from realgeneral.config import TrainConfig
-from realgeneral.data import PairDataset, RunSampler, Sample, open_source
+from realgeneral.data import PairDataset, RunSampler, Sample, TextCheck, open_source
 from realgeneral.diffusion import noised, sample_timesteps, v_loss, v_target
 from realgeneral.embedding import pool_subject, subject_span_mask
 from realgeneral.errors import Failure, UsageError
@@ -157,6 +157,8 @@ def load_models(config: TrainConfig, accelerator: Accelerator) -> tuple[RealGene
     pipe.to(accelerator.device)
     pipe.text_encoder.eval()
     transformer.train()
+    if config.compile:
+        transformer.compile(fullgraph=True)
     return pipe, adapter_info(transformer, tasks, config.base)
 
 
@@ -168,9 +170,13 @@ def task_specs(config: TrainConfig) -> list[str]:
 
         specs = list(NANO_TASKS)
     try:
-        return [get_task(spec).spec for spec in specs or DEFAULT_TASKS]
+        tasks = [get_task(spec) for spec in specs or DEFAULT_TASKS]
     except ValueError as error:
         raise UsageError(str(error)) from None
+    names = [task.name for task in tasks]
+    if len(set(names)) != len(names):
+        raise UsageError(f"tasks must each be given once, got {names}")
+    return [task.spec for task in tasks]
 
 
 def picture_size(config: TrainConfig, pipe: RealGeneralPipeline) -> tuple[int, int]:
@@ -214,10 +220,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     # 2. data: sample numbers continue where the checkpoint stopped
     size = picture_size(config, pipe)
-    dataset = PairDataset(source, info.tasks, config.task_weights, size, config.seed, config.strict)
+    check = TextCheck(pipe.tokenizer, pipe.transformer.config.max_text_seq_length)
+    dataset = PairDataset(source, info.tasks, config.task_weights, size, config.seed, config.strict, check)
     per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     sampler = RunSampler(start * per_step, config.steps * per_step, accelerator.process_index, accelerator.num_processes)
-    loader = DataLoader(dataset, config.batch_size, sampler=sampler, num_workers=config.num_workers, collate_fn=collate)
+    loader = DataLoader(
+        dataset,
+        config.batch_size,
+        sampler=sampler,
+        num_workers=config.num_workers,
+        collate_fn=collate,
+        worker_init_fn=_leave_interrupts_to_the_trainer,
+    )
     batches, texts = iter(loader), TextCache(pipe)
     log = checkpoint.MetricsLog(output / "metrics.jsonl", start, config.tensorboard and accelerator.is_main_process)
 
@@ -233,7 +247,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 group["lr"] = config.learning_rate * learning_rate_factor(config, step)
             losses, tasks = [], []
             for micro in range(config.gradient_accumulation_steps):
-                batch = _to_device(next(batches), accelerator.device)
+                batch = _to_device(_next(batches), accelerator.device)
                 draw = (
                     step * config.gradient_accumulation_steps + micro
                 ) * accelerator.num_processes + accelerator.process_index
@@ -245,7 +259,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 losses.append(loss.detach())
                 tasks += batch.tasks
                 log.skipped(batch.skipped)
-            accelerator.clip_grad_norm_(trainable, config.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(trainable, config.max_grad_norm)
+            if not torch.isfinite(norm):  # such a step would put NaN into the weights, and into the next checkpoint
+                raise Failure(
+                    f"gradient must be finite, got norm {norm.item()} at step {step + 1}; earlier checkpoints are intact"
+                )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if ema is not None:
@@ -292,6 +310,18 @@ def _sample(
         ema.restore(trainable)
 
 
+def _next(batches: Iterator[Batch]) -> Batch:
+    try:
+        return next(batches)
+    except Failure as error:
+        # a worker process puts its traceback before the message
+        raise Failure(str(error).rpartition("Failure: ")[2].strip()) from None
+
+
+def _leave_interrupts_to_the_trainer(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _to_device(batch: Batch, device: torch.device) -> Batch:
     batch.target, batch.conditions = batch.target.to(device), batch.conditions.to(device)
     return batch
@@ -302,7 +332,7 @@ def _check_finite(loss: Tensor, step: int, batch: Batch) -> None:
         bad = [name for name, value in zip(batch.names, loss.tolist(), strict=True) if not math.isfinite(value)]
         raise Failure(
             f"loss must be finite, got {loss.mean().item()} at step {step + 1} for rows {bad[:4]}; "
-            "the last checkpoint is intact"
+            "earlier checkpoints are intact"
         )
 
 

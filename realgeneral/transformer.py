@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+
+# a saved pipeline names this module, and diffusers asks it for this base class to learn how to load the transformer
+from diffusers.models import ModelMixin  # noqa: F401
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from realgeneral.embedding import UnifiedConditionEmbedding
@@ -61,10 +66,20 @@ class ConditionCache:
     Made by `RealGeneralTransformer3DModel.encode_condition` in a cacheable preset.
     """
 
-    def __init__(self, blocks: list[KeyValue], conditions: int, grid: tuple[int, int]) -> None:
+    def __init__(self, blocks: list[KeyValue], frames: tuple[int, ...], grid: tuple[int, int]) -> None:
         self.blocks = blocks
-        self.conditions = conditions
+        self.frames = frames
         self.grid = grid
+
+    @property
+    def conditions(self) -> int:
+        """Number of condition images in it."""
+        return len(self.frames)
+
+    @property
+    def batch(self) -> int:
+        """Number of samples in it; sample i of a pass uses sample i % batch."""
+        return int(self.blocks[0].k.shape[0])
 
     @property
     def nbytes(self) -> int:
@@ -72,9 +87,27 @@ class ConditionCache:
         return sum(x.numel() * x.element_size() for pair in self.blocks for x in pair)
 
     def to(self, device: torch.device | str) -> ConditionCache:
-        """The cache on another device."""
+        """The cache on another device; on the CPU it costs no GPU memory, and each step copies one block's share at a time."""
         blocks = [KeyValue(pair.k.to(device), pair.v.to(device)) for pair in self.blocks]
-        return ConditionCache(blocks, self.conditions, self.grid)
+        return ConditionCache(blocks, self.frames, self.grid)
+
+    @classmethod
+    def join(cls, caches: Sequence[ConditionCache]) -> ConditionCache:
+        """Several images cached each on its own as the conditions of one call: exact, since they do not see each other.
+
+        Raises:
+            ValueError: Sizes differ, or the frame positions are not 0, 1, ... in order.
+        """
+        frames = tuple(frame for cache in caches for frame in cache.frames)
+        if frames != tuple(range(len(frames))) or not frames:
+            raise ValueError(f"condition caches must have the positions 0, 1, ... in order, got {frames}")
+        if len({cache.grid for cache in caches}) != 1:
+            raise ValueError(f"condition caches must be of one size, got token grids {[cache.grid for cache in caches]}")
+        blocks = [
+            KeyValue(torch.cat([pair.k for pair in pairs], dim=2), torch.cat([pair.v for pair in pairs], dim=2))
+            for pairs in zip(*(cache.blocks for cache in caches), strict=True)
+        ]
+        return cls(blocks, frames, caches[0].grid)
 
 
 class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
@@ -95,9 +128,14 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
         RealGeneral (arXiv 2503.10406), figure "Unified Stream DiT Block"; diffusers `CogVideoXTransformer3DModel`.
     """
 
+    # hooks on single layers never run: the ops read the norms' weights directly
+    _supports_group_offloading = False
+
     @register_to_config
     def __init__(self, *, tasks: Sequence[str] = DEFAULT_TASKS, preset: str = "paper", **base: Any) -> None:
         super().__init__(**base)
+        # the decorator takes **base for an argument of that name, which no config file can hold
+        self._internal_dict = FrozenDict({k: v for k, v in self.config.items() if k != "base"})
         get_preset(preset)
         _check_base(self.config)
         self.geometry = Geometry.of(self.config)
@@ -243,6 +281,7 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
         )
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
+    @apply_forward_hook
     @apply_lora_scale("attention_kwargs")
     def encode_condition(
         self,
@@ -250,6 +289,7 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
         task_ids: Tensor,
         subject_embeds: Tensor | None = None,
         *,
+        position: int = 0,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> ConditionCache:
         """Run the condition branch alone and keep its keys and values (after norm and rotation) of every block.
@@ -258,6 +298,7 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
             condition_latents: Clean latents, [B, K, C, h, w]; B = 1 is shared by any batch later.
             task_ids: [B].
             subject_embeds: [B, text_embed_dim] or None.
+            position: Frame index of the first of the K images; 0 unless earlier ones are cached on their own.
             attention_kwargs: {"scale": LoRA scale}; must equal that of the steps which use the cache.
 
         Raises:
@@ -267,11 +308,12 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
         if not preset.cacheable:
             raise ValueError(f"preset must be 'cached' to cache the condition, got {preset.name!r}")
         batch, conditions, _, height, width = condition_latents.shape
-        tokens = self._condition_tokens(condition_latents, task_ids, subject_embeds).contiguous()
+        frames = tuple(range(position, position + conditions))
+        tokens = self._condition_tokens(condition_latents, task_ids, subject_embeds, frames).contiguous()
         names = condition_names(conditions)
         joint = joint_layout(preset, 0, tokens.shape[1] // conditions, conditions)
         rows = sublayout(joint, names)
-        rotary = self._rotary(height, width, tuple(range(conditions)), tokens.device, start=0)
+        rotary = self._rotary(height, width, frames, tokens.device, start=0)
         temb = self._time_embedding(torch.zeros(batch, device=tokens.device), tokens.dtype)
 
         cached: list[KeyValue] = []
@@ -290,7 +332,7 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
             )
             gate = norm2.gate
             cached.append(own)
-        return ConditionCache(cached, conditions, self.geometry.grid(height, width))
+        return ConditionCache(cached, frames, self.geometry.grid(height, width))
 
     @apply_lora_scale("attention_kwargs")
     def _denoise(
@@ -316,8 +358,9 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
         joint = joint_layout(preset, text.shape[1], target_tokens.shape[1], conditions)
         if cache is None:
             assert condition_latents is not None and task_ids is not None
-            tokens = [text_tokens, target_tokens, self._condition_tokens(condition_latents, task_ids, subject_embeds)]
-            rows, frames = joint, (conditions, *range(conditions))
+            earlier = tuple(range(conditions))
+            tokens = [text_tokens, target_tokens, self._condition_tokens(condition_latents, task_ids, subject_embeds, earlier)]
+            rows, frames = joint, (conditions, *earlier)
             condition_temb = (
                 self._time_embedding(torch.zeros_like(timestep), latents.dtype) if preset.condition_time_zero else temb
             )
@@ -352,10 +395,12 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
             kwargs: dict[str, Any] = {"keep": ("target",) if i == last else None, "impl": self.impl}
             if cache is not None:
                 kwargs["cached"] = cache.blocks[i]
+            step = partial(block_forward, **kwargs)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                residual, branch, _ = self._gradient_checkpointing_func(block_forward, *args, **kwargs)
+                # diffusers' checkpointing function takes positional arguments alone
+                residual, branch, _ = self._gradient_checkpointing_func(step, *args)
             else:
-                residual, branch, _ = block_forward(*args, **kwargs)
+                residual, branch, _ = step(*args)
             gate = norm2.gate
         assert branch is not None and gate is not None
         return residual, branch, gate[:, rows.index("target"), None]
@@ -379,11 +424,11 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
         positions = self.geometry.sincos_table(height, width, frames, tokens.device, tokens.dtype)
         return tokens if positions is None else tokens + positions
 
-    def _condition_tokens(self, latents: Tensor, task_ids: Tensor, subject_embeds: Tensor | None) -> Tensor:
-        """Unified Condition Embedding: [B, K, C, h, w] -> [B, K * N, d] at frames 0..K-1."""
-        conditions = latents.shape[1]
-        frames = latents.repeat_interleave(self.geometry.frames_per_image, dim=1)
-        tokens = self._image_tokens(frames, tuple(range(conditions)))
+    def _condition_tokens(
+        self, latents: Tensor, task_ids: Tensor, subject_embeds: Tensor | None, frames: tuple[int, ...]
+    ) -> Tensor:
+        """Unified Condition Embedding: [B, K, C, h, w] -> [B, K * N, d] at the given frame indices."""
+        tokens = self._image_tokens(latents.repeat_interleave(self.geometry.frames_per_image, dim=1), frames)
         return tokens + self.condition_embedding(task_ids, subject_embeds)[:, None].to(tokens.dtype)
 
     def _rotary(self, height: int, width: int, frames: tuple[int, ...], device: torch.device, start: int) -> Rotary:
@@ -438,12 +483,16 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
                 raise ValueError(f"condition_cache needs preset 'cached', got {self.config.preset!r}")
             if cache.grid != grid:
                 raise ValueError(f"condition_cache must be of a {grid} token grid, got {cache.grid}")
+            if latents.shape[0] % cache.batch:
+                raise ValueError(f"condition_cache must have batch 1 or a divisor of {latents.shape[0]}, got {cache.batch}")
             return cache.conditions
         assert condition_latents is not None
         wanted = (latents.shape[0], *latents.shape[2:])
         got = (condition_latents.shape[0], *condition_latents.shape[2:])
-        if condition_latents.dim() != 5 or got != wanted:
-            raise ValueError(f"condition_latents must have shape [B, K, C, h, w] = {list(wanted)} but for K, got {list(got)}")
+        if condition_latents.dim() != 5 or got != wanted or not condition_latents.shape[1]:
+            batch, *rest = wanted
+            expected = f"[B, K, C, h, w] = [{batch}, K >= 1, {', '.join(map(str, rest))}]"
+            raise ValueError(f"condition_latents must have shape {expected}, got {list(condition_latents.shape)}")
         if task_ids is None:
             raise ValueError("task_ids must be given with condition_latents, got None")
         return int(condition_latents.shape[1])

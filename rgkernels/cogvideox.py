@@ -138,8 +138,8 @@ def block_forward(
     q, k, v = project_qkv(block.attn1, normed, rotary, impl)
     own = KeyValue(k, v)
     if cached is not None:
-        k = torch.cat([k, _tile(cached.k, k.shape[0])], dim=2)
-        v = torch.cat([v, _tile(cached.v, v.shape[0])], dim=2)
+        k = torch.cat([k, _tile(cached.k, k)], dim=2)
+        v = torch.cat([v, _tile(cached.v, v)], dim=2)
     if keep is not None:
         q, residual = (
             torch.cat([x.narrow(d, rows.offset(n), rows.length(n)) for n in keep], d) for x, d in ((q, 2), (residual, 1))
@@ -157,8 +157,9 @@ def block_forward(
     return residual, block.ff(normed), own
 
 
-def _tile(x: Tensor, batch: int) -> Tensor:
-    """Repeat [b, ...] to [batch, ...]; one shared sample is expanded, not copied."""
+def _tile(x: Tensor, like: Tensor) -> Tensor:
+    """Bring [b, ...] to the batch and device of `like`; one shared sample is expanded, not copied."""
+    batch, x = like.shape[0], x.to(like.device, non_blocking=True)
     return x.expand(batch, -1, -1, -1) if x.shape[0] == 1 else x.repeat(batch // x.shape[0], 1, 1, 1)
 
 

@@ -58,8 +58,7 @@ class SegmentLayout:
         Example:
             `SegmentLayout.of(text=226, target=1350, condition=1350, blocked=[("text", "condition")])`
         """
-        pairs = frozenset(tuple(pair) for pair in blocked)
-        return cls(tuple(lengths), tuple(lengths.values()), pairs)  # type: ignore[arg-type]
+        return cls(tuple(lengths), tuple(lengths.values()), blocked)  # type: ignore[arg-type]
 
     @property
     def num_segments(self) -> int:

@@ -1,0 +1,34 @@
+"""Recipe, last step: store a trained nano adapter in float16 beside the packaged base.
+
+realgeneral train --data nano --output outputs/nano ... && python -m realgeneral.nano.export_adapter outputs/nano
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from realgeneral.adapter import read_adapter_info, save_adapter
+from realgeneral.nano.common import ASSETS, LOGS
+from realgeneral.pipeline import RealGeneralPipeline
+
+
+def main() -> None:
+    """Read RUN/adapter and RUN/metrics.jsonl, write assets/adapter and assets/logs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="output folder of realgeneral train")
+    parser.add_argument("--base", default="nano", help="base that the run was trained on")
+    arguments = parser.parse_args()
+    adapter = arguments.run / "adapter"
+    pipe = RealGeneralPipeline.from_pretrained(arguments.base, adapter=adapter)
+    info = replace(read_adapter_info(adapter), base="nano")
+    save_adapter(pipe.transformer, ASSETS / "adapter", info, dtype=torch.float16)
+    shutil.copyfile(arguments.run / "metrics.jsonl", LOGS / "adapter_metrics.jsonl")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""A pool of latents, and the clips drawn from it, that the nano base is trained on.
+
+Every concept has the same entries: per style a still picture and two motions in three stages, per colour style its
+derived versions. A clip is a list of entries of one concept plus an honest caption.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLCogVideoX
+from torch import Tensor
+from torch.nn import functional as F
+
+from realgeneral.nano.common import log
+from realgeneral.nano.derived import KINDS, derive
+from realgeneral.nano.emoji import STYLE_WORDS, STYLES, Concept, load_emoji
+from realgeneral.vae import encode_images
+
+MOTIONS = (
+    "zooming in",
+    "zooming out",
+    "moving left",
+    "moving right",
+    "moving up",
+    "moving down",
+    "turning left",
+    "turning right",
+    "flipping",
+)
+KIND_WORDS = {
+    "canny": "edge drawing",
+    "edges": "line sketch",
+    "grey": "grey picture",
+    "blur": "blurred picture",
+    "mask": "masked picture",
+}
+COLOUR_STYLES = ("flat", "3d", "noto")
+STAGES = (1 / 3, 2 / 3, 1.0)
+MOTIONS_PER_STYLE = 2
+PER_STYLE = 1 + MOTIONS_PER_STYLE * len(STAGES)
+ENTRIES = len(STYLES) * PER_STYLE + len(COLOUR_STYLES) * len(KINDS)
+# Directions of style change and their shares; same-vendor pairs are pixel-aligned.
+STYLE_PAIRS = {
+    ("flat", "3d"): 0.22,
+    ("3d", "flat"): 0.18,
+    ("flat", "noto"): 0.12,
+    ("high_contrast", "3d"): 0.14,
+    ("high_contrast", "flat"): 0.08,
+    ("3d", "noto"): 0.08,
+    ("noto", "3d"): 0.06,
+    ("high_contrast", "noto"): 0.06,
+    ("flat", "high_contrast"): 0.06,
+}
+SHARES = {"style": 0.40, "derived": 0.27, "motion": 0.33}
+
+
+def still_entry(style: str) -> int:
+    """Index of a still picture."""
+    return STYLES.index(style) * PER_STYLE
+
+
+def motion_entry(style: str, slot: int, stage: int) -> int:
+    """Index of a stage of one of the motions of a style."""
+    return still_entry(style) + 1 + slot * len(STAGES) + stage
+
+
+def derived_entry(style: str, kind: str) -> int:
+    """Index of the derived version of a colour style."""
+    return len(STYLES) * PER_STYLE + COLOUR_STYLES.index(style) * len(KINDS) + KINDS.index(kind)
+
+
+def motion_matrix(motion: str, strength: float, stage: float) -> np.ndarray:
+    """Return the sampling matrix [2, 3] of a motion; `strength` in [0, 1] scales it, `stage` is its progress."""
+    theta = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    shift = (0.3 + 0.3 * strength) * stage
+    if motion.startswith("zooming"):
+        zoom = 1.3 + 0.5 * strength if motion.endswith("in") else 0.72 - 0.22 * strength
+        theta[:, :2] /= 1 + (zoom - 1) * stage
+    elif motion.startswith("moving"):
+        # The sampling point moves against the picture.
+        axis, sign = {"left": (0, 1), "right": (0, -1), "up": (1, 1), "down": (1, -1)}[motion.split()[1]]
+        theta[axis, 2] = sign * shift
+    elif motion.startswith("turning"):
+        angle = (0.4 + 1.0 * strength) * stage * (1 if motion.endswith("right") else -1)
+        theta[:, :2] = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
+    else:
+        # Turning over like a card: thirds are never edge-on.
+        theta[0, 0] = 1 / np.cos(np.pi * stage)
+    return theta
+
+
+def render_entries(concept: Concept, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return the entries of a concept, uint8 [ENTRIES, 64, 64, 3], and its motions [styles, slots]."""
+    stills = {style: np.asarray(concept.image(style)) for style in STYLES}
+    out = np.empty((ENTRIES, *stills["flat"].shape), np.uint8)
+    motions = np.stack([rng.permutation(len(MOTIONS))[:MOTIONS_PER_STYLE] for _ in STYLES])
+    thetas, sources, targets = [], [], []
+    for s, style in enumerate(STYLES):
+        out[still_entry(style)] = stills[style]
+        for slot in range(MOTIONS_PER_STYLE):
+            strength = rng.random()
+            for stage, progress in enumerate(STAGES):
+                thetas.append(motion_matrix(MOTIONS[motions[s, slot]], strength, progress))
+                sources.append(stills[style])
+                targets.append(motion_entry(style, slot, stage))
+    pictures = torch.from_numpy(np.stack(sources)).permute(0, 3, 1, 2).float() / 255
+    grid = F.affine_grid(torch.tensor(np.stack(thetas)).float(), list(pictures.shape), align_corners=False)
+    moved = 1 - F.grid_sample(1 - pictures, grid, align_corners=False)
+    out[targets] = (moved.clamp(0, 1) * 255).round().permute(0, 2, 3, 1).to(torch.uint8).numpy()
+    for style in COLOUR_STYLES:
+        for kind in KINDS:
+            out[derived_entry(style, kind)] = derive(stills[style], kind, rng)
+    return out, motions
+
+
+@torch.no_grad()
+def build_pool(vae: AutoencoderKLCogVideoX, folder: Path, split: str, seed: int) -> None:
+    """Encode a split with the folded VAE into `{split}.npy`, fp16 [N, ENTRIES, C, 16, 16], and `{split}.json`."""
+    concepts = load_emoji(split)
+    rng = np.random.default_rng(seed)
+    tmp = folder / f"{split}.tmp.npy"
+    pool: np.memmap | None = None
+    motions = []
+    for i, concept in enumerate(concepts):
+        pictures, concept_motions = render_entries(concept, rng)
+        motions.append(concept_motions.tolist())
+        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = encode_images(vae, pixels).float().numpy()
+        if pool is None:
+            shape = (len(concepts), *latents.shape)
+            pool = np.lib.format.open_memmap(tmp, "w+", np.float16, shape)
+        pool[i] = latents
+        if i % 200 == 199:
+            log(f"pool {split}: {i + 1}/{len(concepts)}")
+    assert pool is not None
+    pool.flush()
+    tmp.rename(folder / f"{split}.npy")
+    names = [c.name for c in concepts]
+    (folder / f"{split}.json").write_text(json.dumps({"names": names, "motions": motions}), encoding="utf-8")
+
+
+@dataclass
+class ClipSource:
+    """Draws training clips from a pool."""
+
+    pool: np.ndarray
+    names: list[str]
+    motions: np.ndarray
+
+    @classmethod
+    def open(cls, folder: Path, split: str) -> ClipSource:
+        """Map the files that `build_pool` wrote."""
+        meta = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
+        pool = np.load(folder / f"{split}.npy", mmap_mode="r")
+        return cls(pool, meta["names"], np.asarray(meta["motions"]))
+
+    def batch(self, size: int, frames: int, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
+        """Draw clips: latents float32 [B, frames, C, h, w] and captions."""
+        latents, captions = [], []
+        for concept in rng.integers(0, len(self.names), size):
+            entries, description = self._clip(int(concept), frames, rng)
+            latents.append(self.pool[concept][entries])
+            captions.append(f"{self.names[concept]}, {description}")
+        return torch.from_numpy(np.stack(latents)).float(), captions
+
+    def _clip(self, concept: int, frames: int, rng: np.random.Generator) -> tuple[list[int], str]:
+        kind = rng.choice(list(SHARES), p=list(SHARES.values()))
+        if kind == "style":
+            index = rng.choice(len(STYLE_PAIRS), p=list(STYLE_PAIRS.values()))
+            first, last = list(STYLE_PAIRS)[index]
+            ends = (still_entry(first), STYLE_WORDS[first]), (still_entry(last), STYLE_WORDS[last])
+            return _change(*ends, frames)
+        if kind == "derived":
+            style = str(rng.choice(COLOUR_STYLES))
+            version = str(rng.choice(KINDS))
+            ends = (derived_entry(style, version), KIND_WORDS[version]), (still_entry(style), STYLE_WORDS[style])
+            # Most clips restore the picture: that is the direction of the conditional tasks.
+            return _change(*ends, frames) if rng.random() < 0.75 else _change(ends[1], ends[0], frames)
+        style = STYLES[rng.integers(len(STYLES))]
+        if rng.random() < 0.4:
+            return [still_entry(style)] * frames, STYLE_WORDS[style]
+        slot = int(rng.integers(MOTIONS_PER_STYLE))
+        stages = [still_entry(style), *(motion_entry(style, slot, k) for k in range(len(STAGES)))]
+        if frames == 2:
+            stages = [stages[0], stages[int(rng.integers(2, 4))]]
+        motion = MOTIONS[self.motions[concept, STYLES.index(style), slot]]
+        return stages, f"{STYLE_WORDS[style]}, {motion}"
+
+
+def _change(first: tuple[int, str], last: tuple[int, str], frames: int) -> tuple[list[int], str]:
+    half = frames // 2
+    return [first[0]] * half + [last[0]] * (frames - half), f"from {first[1]} to {last[1]}"

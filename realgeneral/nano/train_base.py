@@ -1,0 +1,302 @@
+"""Recipe: train the nano base, a small CogVideoX text-to-video model, on clips of emoji.
+
+    python -m realgeneral.nano.train_base --vae DIR --text DIR --out DIR --minutes 55
+
+Encodes a pool of latents once (about 250 MB in `--out`), then trains transformer and text encoder from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from PIL import Image
+from torch import Tensor, nn
+from transformers import T5EncoderModel, T5Tokenizer
+
+from realgeneral.nano.base import (
+    SCHEDULE,
+    make_pipeline,
+    make_transformer,
+    rotary,
+    sample_grid,
+    save_pipeline,
+    tokenize,
+)
+from realgeneral.nano.common import (
+    BASE,
+    LOGS,
+    Ema,
+    append_csv,
+    command_line,
+    log,
+    log_settings,
+    save_atomic,
+    seed_everything,
+    warmup_cosine,
+)
+from realgeneral.nano.latents import ClipSource, build_pool
+from realgeneral.vae import fold_single_frame
+
+# The last three rows hold concepts that training never saw.
+PROMPTS = [
+    "red heart, 3d render",
+    "fox, from flat icon to 3d render",
+    "pizza, from edge drawing to cartoon",
+    "red apple, 3d render, zooming out",
+    "automobile, from flat icon to cartoon",
+    "cat face, from black line icon to 3d render",
+    "guitar, 3d render",
+    "birthday cake, from blurred picture to flat icon",
+    "rocket, from flat icon to 3d render",
+    "carrot, 3d render",
+    "tiger face, from black line icon to flat icon",
+    "crab, from edge drawing to 3d render",
+    "snowman, cartoon",
+    "key, flat icon, turning left",
+    "mushroom, from grey picture to 3d render",
+    "backpack, from masked picture to flat icon",
+]
+FRAME_CHOICES = ((2, 0.75), (4, 0.25))
+
+
+class Model(nn.Module):
+    """Transformer and text encoder, trained together."""
+
+    def __init__(self, transformer: CogVideoXTransformer3DModel, text_encoder: T5EncoderModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+        self.rotary = {frames: rotary(frames) for frames, _ in FRAME_CHOICES}
+
+    def forward(self, latents: Tensor, token_ids: Tensor, timestep: Tensor) -> Tensor:
+        """Predict v [B, F, C, h, w] for noisy latents [B, F, C, h, w] and token ids [B, T]."""
+        text = self.text_encoder(token_ids)[0]
+        out: Tensor = self.transformer(
+            latents, text, timestep, image_rotary_emb=self.rotary[latents.shape[1]], return_dict=False
+        )[0]
+        return out
+
+
+@dataclass
+class Diffusion:
+    """v-prediction on CogVideoX's schedule: x_t = a x + s e, v = a e - s x, with a^2 = abar_t, s^2 = 1 - abar_t."""
+
+    alphas_cumprod: Tensor = field(default_factory=lambda: CogVideoXDDIMScheduler(**SCHEDULE).alphas_cumprod.float())
+
+    def noised(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x_t and the target v."""
+        abar = self.alphas_cumprod[timestep].view(-1, 1, 1, 1, 1)
+        a, s = abar.sqrt(), (1 - abar).sqrt()
+        return a * latents + s * noise, a * noise - s * latents
+
+
+def make_optimizers(model: Model, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices, AdamW for everything else; the token table learns slowly.
+
+    Muon reaches the same loss in fewer steps, and on a CPU steps are what is scarce.
+    """
+    table = model.text_encoder.shared.weight
+    hidden: list[nn.Parameter] = []
+    other: list[nn.Parameter] = []
+    for name, p in model.named_parameters():
+        if p is table:
+            continue
+        is_hidden = p.ndim == 2 and any(k in name for k in (".attn1.", ".ff.", ".layer."))
+        is_hidden &= "relative_attention_bias" not in name
+        (hidden if is_hidden and args.optimizer == "muon" else other).append(p)
+    groups = [{"params": other, "lr": args.lr}, {"params": [table], "lr": 0.05 * args.lr}]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)]
+    if hidden:
+        optimizers.append(torch.optim.Muon(hidden, lr=args.muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def draw_batch(
+    source: ClipSource, tokenizer: T5Tokenizer, size: int, frames: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw latents, noise, time steps and token ids; one caption in ten is empty."""
+    latents, captions = source.batch(size, frames, rng)
+    captions = ["" if rng.random() < 0.1 else c for c in captions]
+    # Stratified, still uniform: each batch covers the whole schedule.
+    strata = (np.arange(size) + rng.random(size)) / size
+    timestep = torch.from_numpy(rng.permutation(strata) * 1000).long().clamp_(0, 999)
+    noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
+    return latents, noise, timestep, tokenize(tokenizer, captions)
+
+
+def clip_loss(model: Model, diffusion: Diffusion, batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    """Mean squared error on v of one batch."""
+    latents, noise, timestep, token_ids = batch
+    noisy, target = diffusion.noised(latents, noise, timestep)
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted = model(noisy, token_ids, timestep)
+    return (predicted.float() - target).square().mean()
+
+
+@torch.no_grad()
+def validation_loss(model: Model, diffusion: Diffusion, source: ClipSource, tokenizer: T5Tokenizer) -> float:
+    """Loss on fixed clips, noise and time steps."""
+    rng = np.random.default_rng(123)
+    losses = [clip_loss(model, diffusion, draw_batch(source, tokenizer, 64, 2, rng)) for _ in range(3)]
+    return float(torch.stack(losses).mean())
+
+
+class Run:
+    """One training run: state, checkpoints, previews."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.state_path = args.out / "base_state.pt"
+        self.vae = AutoencoderKLCogVideoX.from_pretrained(args.vae, torch_dtype=torch.float32).eval()
+        self.folded = fold_single_frame(AutoencoderKLCogVideoX.from_pretrained(args.vae, torch_dtype=torch.float32))
+        self.folded.eval()
+        for split in ("train", "held_out"):
+            if not (args.out / f"{split}.json").exists():
+                build_pool(self.folded, args.out, split, args.seed)
+        self.train = ClipSource.open(args.out, "train")
+        self.held_out = ClipSource.open(args.out, "held_out")
+        self.tokenizer = T5Tokenizer.from_pretrained(args.text / "tokenizer")
+        self.model, self.average = self._make_model(), self._make_model().eval()
+        if args.compile:
+            self.model.compile(dynamic=False)
+        self.ema = Ema(self.model, args.ema)
+        self.optimizers = make_optimizers(self.model, args)
+        self.diffusion = Diffusion()
+        self.step, self.spent = 0, 0.0
+        if args.resume and self.state_path.exists():
+            self._load()
+
+    def _make_model(self) -> Model:
+        text_encoder = T5EncoderModel.from_pretrained(self.args.text / "text_encoder", dtype=torch.float32)
+        return Model(make_transformer(self.args.layers), text_encoder)
+
+    def _load(self) -> None:
+        state = torch.load(self.state_path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.spent = state["step"], state["spent"]
+        log(f"resumed at step {self.step}, {self.spent / 60:.1f} minutes")
+
+    def checkpoint(self) -> None:
+        """Save all that `--resume` needs."""
+        state = {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "step": self.step,
+            "spent": self.spent,
+        }
+        save_atomic(state, self.state_path)
+
+    def report(self, loss: float, preview: bool) -> None:
+        """Log training and validation losses; export the average and sample pictures if `preview`."""
+        self.ema.copy_to(self.average)
+        validation = validation_loss(self.average, self.diffusion, self.held_out, self.tokenizer)
+        training = validation_loss(self.average, self.diffusion, self.train, self.tokenizer)
+        log(f"step {self.step} loss {loss:.4f} ema: train {training:.4f} held-out {validation:.4f}")
+        row: dict[str, Any] = {"step": self.step, "minutes": round(self.spent / 60, 2)}
+        append_csv(LOGS / "base_eval.csv", row | {"train": round(training, 5), "held_out": round(validation, 5)})
+        if preview:
+            self.export(self.args.out / "base_preview")
+
+    def export(self, folder: Path) -> None:
+        """Save the averaged model as a CogVideoX folder, and a picture of samples beside it."""
+        self.ema.copy_to(self.average)
+        transformer, text_encoder = self.average.transformer, self.average.text_encoder
+        save_pipeline(make_pipeline(self.vae, self.tokenizer, text_encoder, transformer), folder)
+        pipeline = make_pipeline(self.folded, self.tokenizer, text_encoder, transformer)
+        picture = sample_grid(pipeline, self.folded, PROMPTS)
+        Image.fromarray(picture).save(self.args.out / f"samples_{self.step:06d}.png")
+        log(f"exported {folder.name}")
+
+
+def train(run: Run) -> None:
+    """Train for `--minutes` in all, then export to `--out`/base."""
+    args, start = run.args, time.monotonic() - run.spent
+    total = args.minutes * 60
+    rng = np.random.default_rng([args.seed, run.step])
+    next_report, next_preview = run.spent + 60 * args.report_minutes, run.spent + 300.0
+    running = math.nan
+    while run.spent < total and run.step < args.steps:
+        scale = warmup_cosine(run.spent / total, 0.02)
+        for group in itertools.chain.from_iterable(o.param_groups for o in run.optimizers):
+            group["lr"] = group["peak"] * scale
+        frames = int(rng.choice([f for f, _ in FRAME_CHOICES], p=[p for _, p in FRAME_CHOICES]))
+        # Fewer long clips, so that a step costs about the same.
+        batch = draw_batch(run.train, run.tokenizer, args.batch * 2 // frames, frames, rng)
+        loss = clip_loss(run.model, run.diffusion, batch)
+        for optimizer in run.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        for optimizer in run.optimizers:
+            optimizer.step()
+        run.ema.update(run.model)
+        run.step += 1
+        run.spent = time.monotonic() - start
+        value = loss.item()
+        if not math.isfinite(value):
+            raise RuntimeError(f"the loss must be finite, got {value} at step {run.step}")
+        running = value if math.isnan(running) else running * 0.98 + 0.02 * value
+        if run.step % 25 == 0:
+            row = {"step": run.step, "minutes": round(run.spent / 60, 2), "loss": round(running, 5)}
+            append_csv(LOGS / "base_loss.csv", row)
+        if run.spent > next_report:
+            next_report = run.spent + 60 * args.report_minutes
+            preview = run.spent > next_preview
+            if preview:
+                next_preview = run.spent + 60 * args.preview_minutes
+            run.report(running, preview)
+            run.checkpoint()
+    run.checkpoint()
+    run.report(running, preview=False)
+    run.export(args.out / "base")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--vae", type=Path, default=BASE / "vae")
+    parser.add_argument("--text", type=Path, default=BASE, help="holds text_encoder/ and tokenizer/")
+    parser.add_argument("--out", type=Path, required=True, help="receives the pool, checkpoints and base/")
+    parser.add_argument("--minutes", type=float, default=55.0, help="training time in all, resumed runs included")
+    parser.add_argument("--steps", type=int, default=10**9, help="stop earlier, after this many steps")
+    parser.add_argument("--report-minutes", type=float, default=2.5)
+    parser.add_argument("--preview-minutes", type=float, default=10.0)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=32, help="two-frame clips per step")
+    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
+    parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's peak")
+    parser.add_argument("--muon-lr", type=float, default=3e-3, help="Muon's peak, scaled to AdamW's update size")
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="torch.compile, where it is faster")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--export-only", action="store_true", help="with --resume: export the last checkpoint")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    seed_everything(args.seed)
+    log_settings(vars(args) | {"command": command_line()})
+    run = Run(args)
+    if args.export_only:
+        run.export(args.out / "base")
+    else:
+        train(run)
+
+
+if __name__ == "__main__":
+    main()

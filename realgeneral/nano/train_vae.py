@@ -1,0 +1,273 @@
+"""Recipe: train the nano VAE, a small AutoencoderKLCogVideoX, on the packaged emoji.
+
+    python -m realgeneral.nano.train_vae --out DIR --minutes 26
+
+Trained on single frames with folded (2D) convolutions, saved as a stock 3D VAE: the 2D weights sit in the last
+temporal tap, the others are zero, so on one frame both are the same function.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLCogVideoX
+from torch import Tensor
+from torch.nn import functional as F
+
+from realgeneral.nano.common import (
+    BASE,
+    LOGS,
+    Ema,
+    append_csv,
+    command_line,
+    log,
+    log_settings,
+    rounded,
+    save_atomic,
+    seed_everything,
+    warmup_cosine,
+)
+from realgeneral.nano.derived import KINDS, derive
+from realgeneral.nano.emoji import STYLES, load_emoji
+from realgeneral.vae import SingleFrameConv, decode_latents, encode_images, fold_single_frame
+
+CHANNELS = (32, 64, 64)
+LATENT_CHANNELS = 8
+# Means over elements. The KL weight keeps latents smooth for the diffusion model at a cost of ~0.3 dB.
+LOSS_WEIGHTS = {"l1": 1.0, "mse": 1.0, "gradient": 0.5, "kl": 3e-4}
+
+
+def make_vae(scaling_factor: float = 1.0) -> AutoencoderKLCogVideoX:
+    """Build the stock 3D VAE: 4x spatial compression, one latent frame per frame."""
+    levels = len(CHANNELS)
+    return AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * levels,
+        up_block_types=("CogVideoXUpBlock3D",) * levels,
+        block_out_channels=CHANNELS,
+        latent_channels=LATENT_CHANNELS,
+        layers_per_block=1,
+        norm_num_groups=8,
+        temporal_compression_ratio=1,
+        sample_height=64,
+        sample_width=64,
+        scaling_factor=scaling_factor,
+    )
+
+
+def unfold(folded: AutoencoderKLCogVideoX, scaling_factor: float) -> AutoencoderKLCogVideoX:
+    """Return a stock VAE that equals `folded` on single frames."""
+    stock = make_vae(scaling_factor)
+    state = stock.state_dict()
+    source = dict(folded.state_dict())
+    for name, module in folded.named_modules():
+        if isinstance(module, SingleFrameConv):
+            weight = torch.zeros_like(state[f"{name}.conv.weight"])
+            weight[:, :, -1] = source.pop(f"{name}.weight")
+            source[f"{name}.conv.weight"] = weight
+            source[f"{name}.conv.bias"] = source.pop(f"{name}.bias")
+    stock.load_state_dict(source)
+    return stock.eval()
+
+
+def load_pictures(split: str) -> np.ndarray:
+    """Decode a split: uint8 [N, styles, 64, 64, 3]."""
+    return np.stack([[np.asarray(c.image(style)) for style in STYLES] for c in load_emoji(split)])
+
+
+def random_affine(pictures: Tensor, rng: np.random.Generator) -> Tensor:
+    """Shift, zoom, rotate and flip [B, 3, H, W] in [0, 1] on white."""
+    batch = len(pictures)
+    angle = rng.normal(0, 0.25, batch) * (rng.random(batch) < 0.5)
+    zoom = np.exp(rng.normal(0.05, 0.25, batch))
+    flip = np.where(rng.random(batch) < 0.5, -1.0, 1.0)
+    shift = rng.uniform(-0.25, 0.25, (batch, 2))
+    cos, sin = np.cos(angle) * zoom, np.sin(angle) * zoom
+    theta = np.stack([cos * flip, -sin, shift[:, 0], sin * flip, cos, shift[:, 1]], 1).reshape(batch, 2, 3)
+    grid = F.affine_grid(torch.tensor(theta, dtype=torch.float32), list(pictures.shape), align_corners=False)
+    # Sampling (1 - x) pads with white.
+    return 1 - F.grid_sample(1 - pictures, grid, align_corners=False)
+
+
+def random_background(pictures: Tensor, rng: np.random.Generator) -> Tensor:
+    """Tint some pictures: multiplying by a colour (or a ramp of two) turns the white background into it."""
+    batch, _, height, _ = pictures.shape
+    first, second = (torch.tensor(rng.random((batch, 3, 1, 1)), dtype=torch.float32) for _ in range(2))
+    ramp = torch.linspace(0, 1, height).view(1, 1, height, 1)
+    second = torch.where(torch.tensor(rng.random((batch, 1, 1, 1)) < 0.5), first, second)
+    tint = first + (second - first) * ramp
+    chosen = torch.tensor(rng.random((batch, 1, 1, 1)) < 0.2)
+    return torch.where(chosen, pictures * tint, pictures)
+
+
+def training_batch(pictures: np.ndarray, batch: int, rng: np.random.Generator) -> Tensor:
+    """Draw [B, 3, 64, 64] in [-1, 1]: half plain, half derived, most of them transformed."""
+    index = rng.integers(0, len(pictures), batch)
+    style = rng.integers(0, len(STYLES), batch)
+    raw = torch.from_numpy(pictures[index, style]).permute(0, 3, 1, 2).float() / 255
+    moved = torch.tensor(rng.random((batch, 1, 1, 1)) < 0.7)
+    raw = random_background(torch.where(moved, random_affine(raw, rng), raw), rng)
+    arrays = (raw.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
+    out = np.empty_like(arrays)
+    for i, picture in enumerate(arrays):
+        kind = KINDS[int(rng.integers(0, len(KINDS)))] if rng.random() < 0.45 else None
+        out[i] = picture if kind is None else derive(np.ascontiguousarray(picture), kind, rng)
+    return to_pixels(out)
+
+
+def to_pixels(arrays: np.ndarray) -> Tensor:
+    """uint8 [N, H, W, 3] -> float [N, 3, H, W] in [-1, 1], channels last in memory."""
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def loss_terms(vae: AutoencoderKLCogVideoX, pixels: Tensor) -> dict[str, Tensor]:
+    """Reconstruct through a posterior sample; return the terms of `LOSS_WEIGHTS`."""
+    with torch.autocast("cpu", torch.bfloat16):
+        mean, logvar = vae.encoder(pixels.unsqueeze(2))[0].float().chunk(2, dim=1)
+        logvar = logvar.clamp(-20.0, 10.0)
+        latent = mean + torch.randn_like(mean) * torch.exp(0.5 * logvar)
+        image = vae.decoder(latent)[0].squeeze(2).float()
+    error = image - pixels
+    return {
+        "l1": error.abs().mean(),
+        "mse": error.square().mean(),
+        "gradient": error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean(),
+        "kl": 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(),
+    }
+
+
+@torch.no_grad()
+def psnr_by_kind(vae: AutoencoderKLCogVideoX, pictures: np.ndarray, limit: int = 64) -> dict[str, float]:
+    """Mean PSNR in dB over held-out pictures, per style and per derived kind (of all styles)."""
+    rng = np.random.default_rng(0)
+    sets = {style: pictures[:limit, s] for s, style in enumerate(STYLES)}
+    mixed = pictures[np.arange(limit) % len(pictures), np.arange(limit) % len(STYLES)]
+    sets |= {kind: np.stack([derive(p, kind, rng) for p in mixed]) for kind in KINDS}
+    out = {}
+    for name, arrays in sets.items():
+        pixels = to_pixels(arrays)
+        decoded = torch.cat([decode_latents(vae, encode_images(vae, p)) for p in pixels.split(16)])
+        mse = (decoded.clamp(-1, 1) - pixels).div(2).square().mean(dim=(1, 2, 3))
+        out[name] = float((-10 * torch.log10(mse.clamp_min(1e-8))).mean())
+    return out
+
+
+@torch.no_grad()
+def measure_scaling_factor(vae: AutoencoderKLCogVideoX, pictures: np.ndarray) -> float:
+    """Return 1 / std of the latents of plain and derived training pictures."""
+    rng = np.random.default_rng(0)
+    latents = [encode_images(vae, training_batch(pictures, 32, rng)) for _ in range(16)]
+    return 1.0 / float(torch.cat(latents).std())
+
+
+def export(folded: AutoencoderKLCogVideoX, pictures: np.ndarray, folder: Path) -> AutoencoderKLCogVideoX:
+    """Measure the scaling factor and save the stock VAE in fp16."""
+    stock = unfold(folded, measure_scaling_factor(folded, pictures))
+    stock.half().save_pretrained(folder)
+    log(f"saved {folder.name}, scaling factor {stock.config['scaling_factor']:.4f}")
+    return stock.float()
+
+
+class Run:
+    """One training run: state, checkpoints, reports."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.state_path = args.out / "vae_state.pt"
+        self.pictures, self.held_out = load_pictures("train"), load_pictures("held_out")
+        self.vae = fold_single_frame(make_vae()).train()
+        for p in self.vae.parameters():
+            if p.ndim == 4:
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
+        self.average = fold_single_frame(make_vae()).eval()
+        self.ema = Ema(self.vae, args.ema)
+        self.optimizer = torch.optim.AdamW(self.vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
+        self.step, self.spent = 0, 0.0
+        if args.resume and self.state_path.exists():
+            self._load()
+        size = sum(p.numel() for p in self.vae.parameters())
+        log(f"{size / 1e6:.2f} M folded parameters, {len(self.pictures)} concepts")
+
+    def _load(self) -> None:
+        state = torch.load(self.state_path, weights_only=True)
+        self.vae.load_state_dict(state["vae"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.spent = state["step"], state["spent"]
+
+    def checkpoint(self) -> None:
+        """Save all that `--resume` needs."""
+        state = {
+            "vae": self.vae.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "spent": self.spent,
+        }
+        save_atomic(state, self.state_path)
+
+    def report(self, vae: AutoencoderKLCogVideoX, limit: int) -> None:
+        """Log the PSNR of `vae` on up to `limit` held-out concepts."""
+        psnr = rounded(psnr_by_kind(vae, self.held_out, limit), 2)
+        log(f"step {self.step} psnr {psnr}")
+        append_csv(LOGS / "vae_psnr.csv", {"step": self.step, **psnr})
+
+
+def train(run: Run) -> None:
+    """Train for `--minutes` in all, then export the averaged weights to `--out`/vae."""
+    args, start = run.args, time.monotonic() - run.spent
+    total = args.minutes * 60
+    rng = np.random.default_rng([args.seed, run.step])
+    next_check = run.spent + args.check_minutes * 60
+    running: dict[str, float] = {}
+    while run.spent < total:
+        for group in run.optimizer.param_groups:
+            group["lr"] = args.lr * warmup_cosine(run.spent / total, 0.02, 0.005)
+        terms = loss_terms(run.vae, training_batch(run.pictures, args.batch, rng))
+        loss = sum((LOSS_WEIGHTS[k] * v for k, v in terms.items()), torch.zeros(()))
+        run.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(run.vae.parameters(), 1.0)
+        run.optimizer.step()
+        run.ema.update(run.vae)
+        run.step += 1
+        run.spent = time.monotonic() - start
+        running = {k: running.get(k, v.item()) * 0.98 + 0.02 * v.item() for k, v in terms.items()}
+        if run.step % 50 == 0:
+            row = {"step": run.step, "minutes": round(run.spent / 60, 2), **rounded(running, 5)}
+            append_csv(LOGS / "vae_loss.csv", row)
+            if not math.isfinite(loss.item()):
+                raise RuntimeError(f"the loss must be finite, got {loss.item()} at step {run.step}")
+        if run.spent > next_check:
+            next_check = run.spent + args.check_minutes * 60
+            run.checkpoint()
+            run.ema.copy_to(run.average)
+            run.report(run.average, limit=64)
+    run.ema.copy_to(run.average)
+    export(run.average, run.pictures, args.out / "vae")
+    run.report(run.average, limit=len(run.held_out))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--out", type=Path, default=BASE, help="receives vae/ and the training state")
+    parser.add_argument("--minutes", type=float, default=26.0)
+    parser.add_argument("--check-minutes", type=float, default=4.0, help="between checkpoints")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args(argv)
+    seed_everything(args.seed)
+    log_settings({"command": command_line(), "weights": LOSS_WEIGHTS, "channels": CHANNELS})
+    train(Run(args))
+
+
+if __name__ == "__main__":
+    main()

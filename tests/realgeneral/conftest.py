@@ -1,0 +1,85 @@
+"""Fixtures for realgeneral: tiny checkpoints on disk, one folder per geometry, read through the real loading code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# before anything imports huggingface_hub: no test may touch the network
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from checkpoints import GEOMETRIES, save_checkpoint
+from PIL import Image
+
+from realgeneral import RealGeneralPipeline
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # tiny tensors: more threads only fight each other
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoint folders by geometry; tests only read them."""
+    root = tmp_path_factory.mktemp("bases")
+    return {geometry: save_checkpoint(root / geometry, geometry) for geometry in GEOMETRIES}
+
+
+@pytest.fixture(params=GEOMETRIES)
+def geometry(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def base(bases: dict[str, Path], geometry: str) -> Path:
+    """One test per geometry."""
+    return bases[geometry]
+
+
+@pytest.fixture
+def open_pipeline() -> Callable[..., RealGeneralPipeline]:
+    def open_(folder: Path, **kwargs: Any) -> RealGeneralPipeline:
+        pipe = RealGeneralPipeline.from_pretrained(folder, **kwargs)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return open_
+
+
+@pytest.fixture
+def pipe(bases: dict[str, Path], open_pipeline: Callable[..., RealGeneralPipeline]) -> RealGeneralPipeline:
+    """A fresh 5B-like pipeline."""
+    return open_pipeline(bases["5b"])
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    """A picture with edges, colour and no symmetry."""
+    return make_photo()
+
+
+def make_photo(width: int = 96, height: int = 64, seed: int = 0) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    coarse = (torch.rand(5, 7, 3, generator=generator) * 255).byte().numpy()
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.NEAREST)
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its settings per process; a trainer with other settings needs them gone."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    def reset() -> None:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        PartialState._reset_state()
+
+    reset()
+    yield
+    reset()

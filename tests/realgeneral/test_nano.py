@@ -1,0 +1,155 @@
+"""The packaged nano model: data, weights, and that it does on held-out concepts what it is for."""
+
+from __future__ import annotations
+
+import io
+import random
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CogVideoXPipeline
+from PIL import Image
+
+from realgeneral import RealGeneralPipeline
+from realgeneral.adapter import read_adapter_info
+from realgeneral.config import DemoConfig, EvaluateConfig
+from realgeneral.data import PairDataset
+from realgeneral.demo import demo
+from realgeneral.evaluate import evaluate, generate_all, held_out, interval, markdown
+from realgeneral.metrics import edge_f1, psnr, retrieval_hits, ssim
+from realgeneral.nano.emoji import PARQUET, STYLES, caption, load_emoji
+from realgeneral.nano.pairs import NANO_TASKS, TARGET_STYLES, NanoSource
+from realgeneral.pictures import to_pixels
+from realgeneral.pipeline import NANO_ASSETS
+from realgeneral.tasks import get_task
+from realgeneral.vae import decode_latents, encode_images, fold_single_frame
+
+
+@pytest.fixture(scope="module")
+def pipe() -> RealGeneralPipeline:
+    pipe = RealGeneralPipeline.from_pretrained("nano", adapter="nano")
+    pipe.set_progress_bar_config(disable=True)
+    fold_single_frame(pipe.vae)
+    return pipe
+
+
+def test_assets_are_small_and_licensed() -> None:
+    """Pictures, weights and licences ship within their budgets: 6.5 MB of pictures, 35 MB of weights."""
+    weights = list(NANO_ASSETS.rglob("*.safetensors"))
+    assert {p.parent.name for p in weights} == {"vae", "transformer", "text_encoder", "adapter"}
+    assert sum(p.stat().st_size for p in weights) < 35e6
+    assert PARQUET.stat().st_size < 6.5e6
+    assert {p.name for p in (NANO_ASSETS / "licenses").iterdir()} >= {"README.md", "APACHE-2.0.txt", "MIT-fluent-emoji.txt"}
+
+
+def test_concepts_and_split() -> None:
+    """About 1,500 concepts, 64 x 64 in each style, and no concept on both sides of the split."""
+    train, test = load_emoji("train"), load_emoji("held_out")
+    assert len(train) + len(test) == len(load_emoji()) >= 1500
+    assert len(test) >= 150
+    assert not {c.codepoint for c in train} & {c.codepoint for c in test}
+    assert not {c.name for c in train} & {c.name for c in test}
+    for concept in random.Random(0).sample(load_emoji(), 20):
+        assert all(concept.image(style).size == (64, 64) for style in STYLES)
+    with pytest.raises(ValueError, match="style must be one of"):
+        train[0].image("oil")
+    with pytest.raises(ValueError, match="split must be one of"):
+        load_emoji("test")
+
+
+def test_source_is_deterministic_and_paired() -> None:
+    """A row is a function of (index, seed), and its reference shows the same concept in another style."""
+    source = NanoSource("train")
+    first, again, other = source.row(5, 1), source.row(5, 1), source.row(5, 2)
+    assert np.array_equal(np.asarray(first.target), np.asarray(again.target))
+    assert not np.array_equal(np.asarray(first.target), np.asarray(other.target))
+    assert first.subject in first.prompt
+    plain = NanoSource("held_out", augment=False).row(0, 0)
+    concept = load_emoji("held_out")[0]
+    assert plain.prompt == caption(concept, TARGET_STYLES[0])
+    references = [np.asarray(concept.image(style)) for style in TARGET_STYLES[1:]]
+    assert any(np.array_equal(np.asarray(plain.reference), r) for r in references)
+    dataset = PairDataset(source, NANO_TASKS, [], (64, 64), seed=0, strict=True)
+    assert {dataset[n].task for n in range(60)} == {get_task(spec).name for spec in NANO_TASKS}
+
+
+def test_base_is_a_stock_checkpoint() -> None:
+    """The base folder loads in plain diffusers and makes a clip of two frames from text alone."""
+    stock = CogVideoXPipeline.from_pretrained(NANO_ASSETS / "base", dtype=torch.float32)
+    stock.set_progress_bar_config(disable=True)
+    frames = stock(
+        "red heart, 3d render", num_frames=2, num_inference_steps=4, guidance_scale=3, max_sequence_length=16,
+        output_type="pt", generator=torch.Generator().manual_seed(0),
+    ).frames  # fmt: skip
+    assert frames.shape == (1, 2, 3, 64, 64)
+    assert torch.isfinite(frames).all()
+
+
+def test_vae_reconstructs_held_out_pictures(pipe: RealGeneralPipeline) -> None:
+    """At least 29 dB on held-out pictures in every style, and on edge maps of them at least 25 dB."""
+    concepts = load_emoji("held_out")[::20]
+    for style in STYLES:
+        pictures = [c.image(style) for c in concepts]
+        assert _reconstruction_psnr(pipe, pictures) > 29
+    edges = [get_task("canny").condition(c.image("3d"), 0) for c in concepts]
+    assert _reconstruction_psnr(pipe, edges) > 25
+
+
+def _reconstruction_psnr(pipe: RealGeneralPipeline, pictures: list[Image.Image]) -> float:
+    pixels = torch.stack([to_pixels(p) for p in pictures])
+    with torch.no_grad():
+        decoded = decode_latents(pipe.vae, encode_images(pipe.vae, pixels))
+    return psnr((decoded.clamp(-1, 1) + 1) / 2, (pixels + 1) / 2).mean().item()
+
+
+def test_adapter_beats_copying_and_the_base(pipe: RealGeneralPipeline) -> None:
+    """On held-out concepts, colouring comes closer to the truth than its condition and than the un-adapted base."""
+    assert set(read_adapter_info(NANO_ASSETS / "adapter").task_names) == {get_task(spec).name for spec in NANO_TASKS}
+    settings = EvaluateConfig(steps=8, batch_size=8, concepts=8)
+    pairs = held_out("colouring", settings.concepts, (64, 64), 0)
+    base = RealGeneralPipeline.from_pretrained("nano")
+    base.set_progress_bar_config(disable=True)
+    base.transformer.configure_condition(["colouring"], "cached")
+    made, unadapted = (interval(psnr(generate_all(p, pairs, settings), pairs.truth))[0] for p in (pipe, base))
+    copied = interval(psnr(pairs.conditions, pairs.truth))[0]
+    assert made > copied + 1
+    assert made > unadapted + 3
+
+
+def test_metrics_know_identity_and_difference() -> None:
+    """Each metric is perfect on equal pictures and clearly lower on another concept's."""
+    concepts = load_emoji("held_out")[:8]
+    truth = torch.stack([to_pixels(c.image("3d")) for c in concepts]) / 2 + 0.5
+    other = truth.roll(1, 0)
+    assert ssim(truth, truth).min() > 0.999 > ssim(other, truth).max()
+    assert psnr(other, truth).max() < 30
+    assert edge_f1(truth, truth).min() == 1.0
+    assert edge_f1(other, truth).mean() < 0.8
+    index = torch.arange(8)
+    assert retrieval_hits(truth, truth, index).mean() == 1.0
+    assert retrieval_hits(other, truth, index).mean() == 0.0
+    assert retrieval_hits(other, truth, index, top=8).mean() == 1.0
+
+
+def test_evaluate_writes_table_json_and_grids(tmp_path) -> None:
+    """`realgeneral evaluate` end to end at a tiny size."""
+    results = evaluate(
+        EvaluateConfig(output=str(tmp_path), tasks=["canny", "customization"], concepts=3, steps=1, batch_size=2)
+    )
+    assert list(results) == ["canny", "customization"]
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert table == markdown(results)
+    assert "edge F1" in table and "same concept R@1" in table
+    for name in ("results.json", "canny.png", "customization.png"):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+def test_demo_runs(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`realgeneral demo` end to end at a tiny size: pictures, metrics, and a table on the screen."""
+    metrics = demo(DemoConfig(output=str(tmp_path), concepts=1, steps=1, train_steps=2))
+    for name in ("grid.png", "loss.png", "before_after.png"):
+        Image.open(io.BytesIO((tmp_path / name).read_bytes())).verify()
+    assert len(metrics["training"]["losses"]) == 2
+    printed = capsys.readouterr().out
+    assert "colouring" in printed and "grid.png" in printed

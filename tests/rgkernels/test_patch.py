@@ -1,0 +1,179 @@
+"""`rgkernels.patch`: stock CogVideoX models run on the ops and compute what they computed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from checkpoints import GEOMETRIES, TEXT_WINDOW, save_checkpoint, tiny_transformer
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+from peft import LoraConfig
+
+import rgkernels
+from rgkernels._patch import FusedCogVideoXBlock
+from rgkernels.testing import assert_within_reference_error, outputs_and_grads
+
+FRAMES, HEIGHT, WIDTH = 4, 8, 12
+
+
+def clip_inputs(model: CogVideoXTransformer3DModel, seed: int = 0) -> dict[str, object]:
+    """Random inputs of a four-frame clip, with rotary tables where the geometry has them."""
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    frames = FRAMES // (config.patch_size_t or 1)
+    tokens = frames * (HEIGHT // 2) * (WIDTH // 2)
+    angles = torch.rand(tokens, config.attention_head_dim // 2, generator=generator).repeat_interleave(2, 1) * 6
+    rotary = (angles.cos(), angles.sin()) if config.use_rotary_positional_embeddings else None
+    return {
+        "hidden_states": torch.randn(2, FRAMES, config.in_channels, HEIGHT, WIDTH, generator=generator),
+        "encoder_hidden_states": torch.randn(2, TEXT_WINDOW, config.text_embed_dim, generator=generator),
+        "timestep": torch.tensor([3, 900]),
+        "image_rotary_emb": rotary,
+        "return_dict": False,
+    }
+
+
+def run(model: CogVideoXTransformer3DModel, inputs: dict[str, object], **extra: object) -> torch.Tensor:
+    return model(**inputs, **extra)[0]
+
+
+@pytest.fixture(params=GEOMETRIES)
+def model(request: pytest.FixtureRequest) -> CogVideoXTransformer3DModel:
+    return tiny_transformer(request.param)
+
+
+def check_parity(model: CogVideoXTransformer3DModel, impl: str, **extra: object) -> None:
+    """Patched output within the tolerance rule of the stock one, against stock in float64."""
+    inputs = clip_inputs(model)
+    oracle = copy.deepcopy(model).double()
+    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    with torch.no_grad():
+        stock, truth = run(model, inputs, **extra), run(oracle, wide, **extra)
+        rgkernels.patch(model, impl=impl)
+        patched = run(model, inputs, **extra)
+    assert all(type(block) is FusedCogVideoXBlock for block in model.transformer_blocks)
+    assert_within_reference_error({"out": patched}, {"out": stock}, {"out": truth})
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_matches_stock(model: CogVideoXTransformer3DModel, impl: str) -> None:
+    """A patched model of each geometry computes the stock output."""
+    check_parity(model, impl)
+
+
+def test_image_to_video_geometry() -> None:
+    """The I2V variants: twice the input channels, learned positions, and 1.5's ofs embedding."""
+    learned = tiny_transformer("5b", in_channels=8, use_learned_positional_embeddings=True, sample_frames=13)
+    check_parity(learned, "reference")
+    check_parity(tiny_transformer("1.5", in_channels=8, ofs_embed_dim=16), "reference", ofs=torch.full((1,), 2.0))
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_gradients_match_stock(impl: str) -> None:
+    """Gradients of a LoRA and of the inputs agree with stock, with and without gradient checkpointing."""
+    model = tiny_transformer("5b")
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
+    inputs = clip_inputs(model)
+    inputs["hidden_states"].requires_grad_()
+    upstream = torch.randn(inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(1))
+
+    def gradients(network: CogVideoXTransformer3DModel, wide: bool) -> dict[str, torch.Tensor]:
+        moved = {
+            k: v.detach().double() if wide and torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()
+        }
+        if wide:
+            moved["hidden_states"].requires_grad_()
+        results = outputs_and_grads(lambda **kw: run(network, kw), moved, [upstream])
+        out = run(network, moved)
+        wanted = [p for n, p in network.named_parameters() if "lora_" in n]
+        # one vector: of a tensor of 64 elements, the largest rounding error is a matter of luck
+        results["lora"] = torch.cat([g.flatten() for g in torch.autograd.grad(out, wanted, upstream.to(out.dtype))])
+        return results
+
+    stock, truth = gradients(model, False), gradients(copy.deepcopy(model).double(), True)
+    rgkernels.patch(model, impl=impl)
+    patched = gradients(model, False)
+    assert patched["lora"].abs().sum() > 0
+    assert_within_reference_error(patched, stock, truth)
+    model.enable_gradient_checkpointing()
+    checkpointed = gradients(model.train(), False)
+    assert all(torch.equal(patched[k], checkpointed[k]) for k in patched)
+
+
+def test_lora_scale_fused_projections_and_late_lora() -> None:
+    """`attention_kwargs` scale, fused QKV, and a LoRA that is loaded after patching all take effect as in stock."""
+    model = tiny_transformer("5b")
+    model.fuse_qkv_projections()
+    check_parity(model, "reference")
+
+    model = rgkernels.patch(tiny_transformer("5b"), impl="reference")
+    before = run(model, clip_inputs(model))
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    with torch.no_grad():
+        full = run(model, clip_inputs(model))
+        half = run(model, clip_inputs(model), attention_kwargs={"scale": 0.5})
+        rgkernels.unpatch(model)
+        stock_half = run(model, clip_inputs(model), attention_kwargs={"scale": 0.5})
+    assert not torch.equal(before, full)
+    assert not torch.equal(full, half)
+    torch.testing.assert_close(half, stock_half)
+
+
+def test_keys_identity_and_unpatch(model: CogVideoXTransformer3DModel) -> None:
+    """Patching changes no key and no parameter object, is idempotent, and unpatching restores the same bits."""
+    inputs = clip_inputs(model)
+    with torch.no_grad():
+        before = run(model, inputs)
+        state = {name: p.data_ptr() for name, p in model.state_dict().items()}
+        assert rgkernels.patch(model, impl="reference") is model
+        rgkernels.patch(model, impl="reference")
+        assert {name: p.data_ptr() for name, p in model.state_dict().items()} == state
+        rgkernels.unpatch(model)
+        rgkernels.unpatch(model)
+        after = run(model, inputs)
+    assert all(type(block) is CogVideoXBlock for block in model.transformer_blocks)
+    assert torch.equal(before, after)
+
+
+def test_pipeline(tmp_path: object) -> None:
+    """A whole pipeline is patched through its transformer and generates the same clip."""
+    pipe = CogVideoXPipeline.from_pretrained(save_checkpoint(tmp_path, "5b"), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"num_inference_steps": 2, "height": 64, "width": 96, "num_frames": 9, "output_type": "pt"}
+
+    def clip() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a red fox", max_sequence_length=TEXT_WINDOW, generator=generator, **arguments).frames
+
+    stock = clip()
+    assert rgkernels.patch(pipe, impl="reference") is pipe
+    torch.testing.assert_close(clip(), stock, atol=1e-4, rtol=1e-4)
+
+
+def test_errors() -> None:
+    """What cannot be patched says why, and nothing is half patched."""
+    with pytest.raises(TypeError, match="must be a CogVideoXTransformer3DModel"):
+        rgkernels.patch(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="must be a CogVideoXTransformer3DModel"):
+        rgkernels.patch(object())
+    model = tiny_transformer("5b")
+    with pytest.raises(ValueError, match="impl must be one of"):
+        rgkernels.patch(model, impl="cuda")
+
+    class OwnProcessor(CogVideoXAttnProcessor2_0):
+        pass
+
+    model.transformer_blocks[1].attn1.set_processor(OwnProcessor())
+    with pytest.raises(ValueError, match="attention processor of block 1 must be CogVideoX's own, got OwnProcessor"):
+        rgkernels.patch(model)
+    assert type(model.transformer_blocks[0]) is CogVideoXBlock
+    model = tiny_transformer("5b")
+    model.transformer_blocks[0].forward = lambda *args, **kwargs: None
+    with pytest.raises(ValueError, match="replaced by a hook"):
+        rgkernels.patch(model)
+    model = rgkernels.patch(tiny_transformer("5b"), impl="reference")
+    with pytest.raises(NotImplementedError, match="attention_mask"):
+        run(model, clip_inputs(model), attention_kwargs={"attention_mask": torch.ones(1)})
