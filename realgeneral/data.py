@@ -181,6 +181,9 @@ class TarSource:
                             member.offset_data,
                             member.size,
                         )
+                # tarfile takes a cut in a header for the end; the real one is a block of zeros
+                if self._bytes((tar.offset, tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError("unexpected end of data")
         except (tarfile.TarError, OSError) as error:
             raise Failure(f"{path} must be a complete, uncompressed tar file, got: {error}") from None
         self.samples = sorted(members.items())
@@ -199,11 +202,13 @@ class TarSource:
         try:
             if "json" in members:
                 described = json.loads(self._bytes(members["json"]))
+                if not isinstance(described, dict):
+                    raise ValueError(f"{type(described).__name__} instead of a JSON object")
                 # pictures come from members, never by name
                 record = {k: described[k] for k in ("prompt", "task", "subject") if k in described}
             if "txt" in members:
                 record["prompt"] = self._bytes(members["txt"]).decode().strip()
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise Failure(f"{self.row_name(index)} must have a readable json or txt member, got: {error}") from None
         pictures = {k: v for k, v in members.items() if f".{k.rpartition('.')[2]}" in PICTURES}
         targets = [v for k, v in pictures.items() if k.startswith("target.") or "." not in k]
@@ -311,7 +316,7 @@ class PairDataset(Dataset[Sample]):
         rng = random.Random(f"{self.seed}/{n}")
         skipped: list[str] = []
         for attempt in range(min(len(self.source), 1000)):
-            index = self._row_index(n + attempt)
+            index = self._row_index(n, attempt)
             try:
                 return self.sample(index, rng.randrange(2**31), tuple(skipped))
             except Failure as error:
@@ -320,12 +325,13 @@ class PairDataset(Dataset[Sample]):
                 skipped.append(str(error))
         raise Failure(f"data must hold good rows, got {len(skipped)} bad ones in a row; the first: {skipped[0]}")
 
-    def _row_index(self, n: int) -> int:
+    def _row_index(self, n: int, attempt: int) -> int:
+        # further attempts stay in the epoch, so that as many as there are rows find a good one
         epoch, position = divmod(n, len(self.source))
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = (epoch, torch.randperm(len(self.source), generator=generator).tolist())
-        return self._order[1][position]
+        return self._order[1][(position + attempt) % len(self.source)]
 
     def sample(self, index: int, seed: int, skipped: tuple[str, ...] = ()) -> Sample:
         """Make the sample of one row; Failure if the row is bad."""

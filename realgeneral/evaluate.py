@@ -103,7 +103,8 @@ def measures(task: str, pairs: HeldOut) -> dict[str, Callable[[Tensor], Tensor]]
 
 def interval(values: Tensor) -> tuple[float, float]:
     """Mean and half width of its 95 % confidence interval (normal approximation)."""
-    return values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5
+    half = 1.96 * values.std().item() / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return values.mean().item(), half
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -188,6 +188,15 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
         added = {k: kwargs.pop(k) for k in ("tasks", "preset") if k in kwargs}
         stock = CogVideoXTransformer3DModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls.from_cogvideox(stock, **added)
+
+    @wraps(CogVideoXTransformer3DModel.save_pretrained)
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, but refuses a model with a LoRA, whose weights would be written under names that nothing loads."""
+        if getattr(self, "peft_config", None):
+            raise ValueError(
+                "transformer must have no LoRA to be saved, got one: fuse_lora() and unload_lora() first, or save_adapter()"
+            )
+        super().save_pretrained(*args, **kwargs)
 
     def reset_condition_branch(self) -> None:
         """Zero the condition embedding and copy the video modulation into the condition branch."""
@@ -395,7 +404,7 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
             kwargs: dict[str, Any] = {"keep": ("target",) if i == last else None, "impl": self.impl}
             if cache is not None:
                 kwargs["cached"] = cache.blocks[i]
-            step = partial(block_forward, **kwargs)
+            step: Any = partial(block_forward, **kwargs)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 # diffusers' checkpointing function takes positional arguments alone
                 residual, branch, _ = self._gradient_checkpointing_func(step, *args)

@@ -27,8 +27,10 @@ from realgeneral.adapter import (
     add_lora,
     load_adapter,
     mark_trainable,
+    merge_lora,
     read_adapter_info,
     save_adapter,
+    unmerge_lora,
 )
 from realgeneral.errors import Failure, UsageError
 
@@ -325,6 +327,26 @@ def test_interrupted_save_leaves_the_old_adapter(bases: dict[str, Path], saved: 
     assert read_adapter_info(saved).preset == "paper"
     assert sorted(os.listdir(saved.parent)) == ["a"]
     assert sorted(os.listdir(saved)) == sorted(before)
+
+
+def test_merged_lora(bases: dict[str, Path], saved: Path) -> None:
+    """Merged, the model gives the same to rounding; unmerged, every weight is what it was, bit for bit."""
+    model = fresh(bases["5b"])
+    load_adapter(model, saved)
+    x = make_inputs(model, (4, 6))
+    model.double()
+    before = snapshot(model)
+    with torch.no_grad():
+        wanted = run(model, x)
+        merge_lora(model)
+        merge_lora(model)
+        weight = model.transformer_blocks[0].attn1.to_q.base_layer.weight
+        assert not torch.equal(weight, before["transformer_blocks.0.attn1.to_q.base_layer.weight"])
+        torch.testing.assert_close(run(model, x), wanted)
+        unmerge_lora(model)
+        unmerge_lora(model)
+        assert torch.equal(run(model, x), wanted)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_base_name(bases: dict[str, Path], tmp_path: Path) -> None:

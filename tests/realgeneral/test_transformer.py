@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,21 @@ def test_save_and_load_keeps_everything(base: Path, tmp_path: Path) -> None:
     x = make_inputs(model, (8, 12))
     with torch.no_grad():
         assert torch.equal(run(model.double(), x), run(loaded.double(), x))
+
+
+def test_saving_under_a_lora_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    """With a LoRA the stock weights have other names: a saved folder would load with random attention. Fused, it saves."""
+    model = trained_model(bases["5b"], "cached").float()
+    x = make_inputs(model, (4, 6))
+    with pytest.raises(ValueError, match="transformer must have no LoRA to be saved"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.fuse_lora()
+    model.unload_lora()
+    model.save_pretrained(tmp_path)
+    loaded = RealGeneralTransformer3DModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(run(loaded.double(), x), run(model.double(), x))
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"tasks": ("a", "b", "c"), "preset": "cached"}])
@@ -539,6 +555,33 @@ def test_fused_qkv_gives_the_same(base: Path) -> None:
         wanted = run(model, x)
         model.fuse_qkv_projections()
         assert_equal_to_rounding(run(model, x), wanted)
+
+
+@pytest.mark.parametrize("preset", ["paper", "cached"])
+def test_kernels_give_the_reference(base: Path, preset: str) -> None:
+    """On Triton kernels (here in the interpreter) output and gradients are the reference's to float32 rounding."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("CPU kernels need TRITON_INTERPRET=1")
+    model = trained_model(base, preset).float()
+    x = make_inputs(model, (4, 6))
+    single = {
+        "hidden_states": x.target.float(),
+        "encoder_hidden_states": x.text.float(),
+        "condition_latents": x.conditions.float(),
+        "subject_embeds": x.subject.float(),
+    }
+    results = []
+    for impl in ("reference", "triton"):
+        model.impl = impl
+        model.zero_grad()
+        output = run(model, x, **single)
+        output.square().mean().backward()
+        results.append([output.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1])
+    eps = torch.finfo(torch.float32).eps
+    for wanted, got in zip(*results, strict=True):
+        assert (got - wanted).abs().max() <= 100 * eps * max(wanted.abs().max(), results[0][1].abs().max())
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,108 @@
+"""The held-out table and the demo, on a tiny base that stands for nano."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import save_checkpoint, tiny_transformer
+from models import trained_model
+
+from realgeneral import RealGeneralPipeline
+from realgeneral import pipeline as pipeline_module
+from realgeneral.adapter import adapter_info, save_adapter
+from realgeneral.config import DemoConfig, EvaluateConfig
+from realgeneral.demo import demo
+from realgeneral.errors import UsageError
+from realgeneral.evaluate import evaluate, generate_all, held_out, interval
+from realgeneral.tasks import get_task
+
+SPECS = ("canny", "colouring")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like nano's: a 64 px base and an adapter."""
+    folder = tmp_path_factory.mktemp("assets")
+    save_checkpoint(folder / "base", "5b")
+    tiny_transformer("5b", sample_width=8).save_pretrained(folder / "base" / "transformer")
+    model = trained_model(folder / "base", "cached").float()
+    model.register_to_config(tasks=tuple(get_task(spec).name for spec in SPECS))
+    save_adapter(model, folder / "adapter", adapter_info(model, SPECS, "tiny"))
+    return folder
+
+
+@pytest.fixture
+def _captions_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emoji names are longer than the tiny text window."""
+    monkeypatch.setattr("realgeneral.nano.pairs.caption", lambda concept, style: "a red pot")
+    monkeypatch.setattr(RealGeneralPipeline, "_subject_embeds", lambda *_: None)
+    monkeypatch.setattr("realgeneral.data.subject_span_mask", lambda *_: None)
+    monkeypatch.setattr("realgeneral.train.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
+
+
+def test_interval() -> None:
+    """Mean and 1.96 standard errors; of a single value the width is unknown, without a warning."""
+    mean, half = interval(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert (mean, half) == (2.5, pytest.approx(1.96 * 1.2909944 / 2))
+    assert math.isnan(interval(torch.tensor([1.0]))[1])
+
+
+@pytest.mark.usefixtures("_captions_fit")
+def test_noise_belongs_to_the_sample(assets: Path, open_pipeline: Callable[..., RealGeneralPipeline]) -> None:
+    """The table does not depend on the batch size."""
+    pipe = open_pipeline(assets / "base", adapter=assets / "adapter")
+    pairs = held_out("colouring", 3, (64, 64), 0)
+    results = [generate_all(pipe, pairs, EvaluateConfig(batch_size=size, steps=2)) for size in (1, 2)]
+    assert results[0].shape == pairs.truth.shape == (3, 3, 64, 64)
+    assert (results[0] - results[1]).abs().max() < 1e-3
+
+
+@pytest.mark.usefixtures("_captions_fit")
+def test_evaluate_writes_the_table(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One row per task and metric for adapter, copy and base; files and print agree."""
+    config = EvaluateConfig(
+        adapter=str(assets / "adapter"), base=str(assets / "base"), output=str(tmp_path), concepts=3, steps=1, batch_size=2
+    )
+    results = evaluate(config)
+    assert set(results) == set(SPECS)
+    table = (tmp_path / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert table.count("\n") == 2 + 3 + 2  # header; canny: SSIM, PSNR, edge F1; colouring: SSIM, PSNR
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["results"]["canny"]["count"] == 3
+    assert record["adapter"]["preset"] == "cached"
+    copied = record["results"]["colouring"]["scores"]["copy condition"]["SSIM"][0]
+    assert 0.5 < copied < 1
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["canny.png", "colouring.png"]
+    with pytest.raises(UsageError, match="task must be one that the adapter was trained for"):
+        evaluate(EvaluateConfig(adapter=config.adapter, base=config.base, output=config.output, tasks=["cany"]))
+
+
+def test_evaluate_needs_a_64_px_base(bases: dict[str, Path], assets: Path, tmp_path: Path) -> None:
+    """A larger base is a usage error."""
+    with pytest.raises(UsageError, match="base must be a 64 px model such as nano"):
+        evaluate(EvaluateConfig(adapter="", base=str(bases["1.5"]), output=str(tmp_path)))
+
+
+@pytest.mark.usefixtures("_captions_fit")
+@pytest.mark.parametrize("train_steps", [0, 2])
+def test_demo(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_steps: int) -> None:
+    """The demo leaves its pictures, a metrics.json with the losses of a real training, and says where they are."""
+    monkeypatch.setattr(pipeline_module, "NANO_ASSETS", assets)
+    config = DemoConfig(output=str(tmp_path), concepts=2, steps=1, train_steps=train_steps, train_task="colouring")
+    demo(config)
+    made = {p.name for p in tmp_path.iterdir() if p.is_file()}
+    wanted = {"grid.png", "metrics.json"} | ({"loss.png", "before_after.png"} if train_steps else set())
+    assert made == wanted
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(metrics["generation"]) == set(SPECS)
+    assert ("training" in metrics) == bool(train_steps)
+    if train_steps:
+        assert len(metrics["training"]["losses"]) == train_steps
+        demo(config)  # a second run starts afresh
