@@ -99,6 +99,8 @@ def check_resumable(old: dict[str, Any], new: TrainConfig) -> None:
     for item in fields(new):
         if item.name in RESUMABLE or item.name not in old:
             continue
+        if item.name == "steps" and new.lr_schedule == "constant":
+            continue
         if old[item.name] != getattr(new, item.name):
             raise UsageError(f"{item.name} must be {old[item.name]!r} as in the run to resume, got {getattr(new, item.name)!r}")
 
@@ -121,7 +123,7 @@ class GenerateConfig:
     width: int = _opt("pixels; 0 = the base's own size", 0)
     steps: int = _opt("denoising steps", 50)
     guidance_scale: float = _opt("classifier-free guidance", 6.0)
-    num_images: int = _opt("images to make", 1)
+    num_images: int = _opt("images to make; image i has seed + i", 1)
     seed: int = _opt("random seed", 0)
     dtype: Literal["float32", "bfloat16", "float16"] = _opt("dtype of the models", "float32")
     offload: bool = _opt("keep on the GPU only the model that runs", False)

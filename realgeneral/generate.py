@@ -17,6 +17,7 @@ from realgeneral.kernels import use_kernels
 from realgeneral.pictures import fit_picture, load_picture, save_picture
 from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
 from realgeneral.tasks import get_task, mask_out
+from realgeneral.vae import fold_single_frame
 from rgkernels import __version__
 
 
@@ -32,6 +33,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     pictures = [load_picture(path) for path in config.condition]
     dtype = getattr(torch, config.dtype)
     pipe = RealGeneralPipeline.from_pretrained(config.base, adapter=config.adapter or None, dtype=dtype)
+    fold_single_frame(pipe.vae)
     use_kernels(pipe.transformer, config.fused_kernels, device)
     if config.offload:
         pipe.enable_model_cpu_offload()
@@ -50,7 +52,7 @@ def generate(config: GenerateConfig) -> list[Path]:
         num_inference_steps=config.steps,
         guidance_scale=config.guidance_scale,
         num_images_per_prompt=config.num_images,
-        generator=torch.Generator().manual_seed(config.seed),
+        generator=[torch.Generator().manual_seed(config.seed + i) for i in range(config.num_images)],
     ).images
     return _write(images, config)
 
@@ -94,10 +96,12 @@ def derive_condition(config: GenerateConfig, pipe: RealGeneralPipeline, width: i
 
 
 def _write(images: list[Image.Image], config: GenerateConfig) -> list[Path]:
-    info = PngInfo()
-    info.add_text("realgeneral", json.dumps({**asdict(config), "version": __version__}))
     path = Path(config.output)
     paths = [path] if len(images) == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(1, len(images) + 1)]
-    for image, file in zip(images, paths, strict=True):
+    for i, (image, file) in enumerate(zip(images, paths, strict=True)):
+        # the settings that make this very image again, alone
+        info = PngInfo()
+        settings = {**asdict(config), "seed": config.seed + i, "num_images": 1, "output": str(file)}
+        info.add_text("realgeneral", json.dumps({**settings, "version": __version__}))
         save_picture(image, file, pnginfo=info)
     return paths

@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from realgeneral.adapter import AdapterInfo, load_adapter
+from realgeneral.condition import ConditionCache
 from realgeneral.embedding import pool_subject, subject_span_mask
 from realgeneral.errors import UsageError
 from realgeneral.layout import get_preset
 from realgeneral.pictures import fit_picture, to_pixels
-from realgeneral.transformer import ConditionCache, RealGeneralTransformer3DModel
+from realgeneral.transformer import RealGeneralTransformer3DModel
 from realgeneral.vae import decode_latents, encode_images
 
 NANO_ASSETS = Path(__file__).resolve().parent / "nano" / "assets"

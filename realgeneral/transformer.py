@@ -22,6 +22,7 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from realgeneral.condition import ConditionAdaLN, ConditionCache
 from realgeneral.embedding import UnifiedConditionEmbedding
 from realgeneral.layout import Geometry, condition_names, get_preset, joint_layout, sublayout
 from realgeneral.tasks import DEFAULT_TASKS
@@ -38,76 +39,6 @@ from rgkernels.cogvideox import (
 from rgkernels.segments import SegmentLayout
 
 Site = tuple[Modulation, Modulation]
-
-
-class ConditionAdaLN(nn.Module):
-    """The condition's modulation branch of one block: two Linear(time_embed_dim, 3d) for shift, scale, gate.
-
-    It starts as a copy of the video rows of the stock linears (Separated Condition AdaLN; arrow "copy" in the paper's figure).
-    """
-
-    def __init__(self, time_embed_dim: int, dim: int) -> None:
-        super().__init__()
-        self.norm1 = nn.Linear(time_embed_dim, 3 * dim)
-        self.norm2 = nn.Linear(time_embed_dim, 3 * dim)
-
-    @torch.no_grad()
-    def copy_from(self, block: Any) -> None:
-        """Copy rows 0:3d, the video branch, of a stock block's modulation linears."""
-        for own, stock in ((self.norm1, block.norm1.linear), (self.norm2, block.norm2.linear)):
-            rows = own.out_features
-            own.weight.copy_(stock.weight[:rows])
-            own.bias.copy_(stock.bias[:rows])
-
-
-class ConditionCache:
-    """Keys and values of the condition segments in every block, exact for each step, prompt, seed and guidance branch.
-
-    Made by `RealGeneralTransformer3DModel.encode_condition` in a cacheable preset.
-    """
-
-    def __init__(self, blocks: list[KeyValue], frames: tuple[int, ...], grid: tuple[int, int]) -> None:
-        self.blocks = blocks
-        self.frames = frames
-        self.grid = grid
-
-    @property
-    def conditions(self) -> int:
-        """Number of condition images in it."""
-        return len(self.frames)
-
-    @property
-    def batch(self) -> int:
-        """Number of samples in it; sample i of a pass uses sample i % batch."""
-        return int(self.blocks[0].k.shape[0])
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the cache holds, in bytes."""
-        return sum(x.numel() * x.element_size() for pair in self.blocks for x in pair)
-
-    def to(self, device: torch.device | str) -> ConditionCache:
-        """The cache on another device; on the CPU it costs no GPU memory, and each step copies one block's share at a time."""
-        blocks = [KeyValue(pair.k.to(device), pair.v.to(device)) for pair in self.blocks]
-        return ConditionCache(blocks, self.frames, self.grid)
-
-    @classmethod
-    def join(cls, caches: Sequence[ConditionCache]) -> ConditionCache:
-        """Several images cached each on its own as the conditions of one call: exact, since they do not see each other.
-
-        Raises:
-            ValueError: Sizes differ, or the frame positions are not 0, 1, ... in order.
-        """
-        frames = tuple(frame for cache in caches for frame in cache.frames)
-        if frames != tuple(range(len(frames))) or not frames:
-            raise ValueError(f"condition caches must have the positions 0, 1, ... in order, got {frames}")
-        if len({cache.grid for cache in caches}) != 1:
-            raise ValueError(f"condition caches must be of one size, got token grids {[cache.grid for cache in caches]}")
-        blocks = [
-            KeyValue(torch.cat([pair.k for pair in pairs], dim=2), torch.cat([pair.v for pair in pairs], dim=2))
-            for pairs in zip(*(cache.blocks for cache in caches), strict=True)
-        ]
-        return cls(blocks, frames, caches[0].grid)
 
 
 class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):

@@ -25,8 +25,8 @@ from models import (
 from torch import Tensor
 
 from realgeneral import RealGeneralPipeline, RealGeneralTransformer3DModel
+from realgeneral.condition import ConditionCache
 from realgeneral.tasks import DEFAULT_TASKS
-from realgeneral.transformer import ConditionCache
 from rgkernels import cogvideox
 from rgkernels.cogvideox import KeyValue
 
