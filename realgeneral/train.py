@@ -304,7 +304,9 @@ def _sample(
         ema.store(trainable)
         ema.copy_to(trainable)
     pipe.transformer.eval()
-    sample_grid(pipe, config, info, output / "samples" / f"step-{step:06d}.png")
+    # a compiled model would be compiled again for the sampler's batch and its condition cache
+    with torch.compiler.set_stance("force_eager" if config.compile else "default"):
+        sample_grid(pipe, config, info, output / "samples" / f"step-{step:06d}.png")
     pipe.transformer.train()
     if ema is not None:
         ema.restore(trainable)

@@ -32,7 +32,7 @@ def segment_attention(
     flash_attn_func = _load()
     if q.dtype not in DTYPES:
         raise NotImplementedError(f"segment_attention with impl='flash-attn' supports float16 and bfloat16, got {q.dtype}")
-    outputs, lses = [], []
+    outputs, lses = [q[:, :, :0]], [q[:, :, :0, 0].float()]
     for name, rows in zip(query_segments, q.split([layout.length(n) for n in query_segments], dim=2), strict=True):
         ranges = layout.key_ranges(name)
         if not ranges or rows.numel() == 0:

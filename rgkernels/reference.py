@@ -74,7 +74,7 @@ def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, query_segments: tuple[str, ...], softmax_scale: float
 ) -> Tensor:
     """Split SDPA: one unmasked scaled_dot_product_attention per query segment over its visible keys."""
-    outputs = []
+    outputs = [q[:, :, :0]]
     for name, rows in zip(query_segments, q.split([layout.length(n) for n in query_segments], dim=2), strict=True):
         ranges = layout.key_ranges(name)
         if not ranges:
@@ -91,7 +91,7 @@ def segment_attention_lse(
 ) -> Tensor:
     """lse = log(sum(exp(softmax_scale * q @ k))) over the visible keys, [B, H, Sq]; -inf where none is visible."""
     wide = compute_dtype(q.dtype)
-    parts = []
+    parts = [q[:, :, :0, 0].to(wide)]
     for name, rows in zip(query_segments, q.split([layout.length(n) for n in query_segments], dim=2), strict=True):
         keys = _gather(k, layout.key_ranges(name))
         scores = (rows.to(wide) @ keys.to(wide).transpose(-1, -2)) * softmax_scale
