@@ -121,7 +121,7 @@ def unpatch(model_or_pipeline: Any) -> Any:
     return model_or_pipeline
 
 
-def _transformer(model_or_pipeline: Any) -> nn.Module:
+def _transformer(model_or_pipeline: Any) -> Any:
     model = model_or_pipeline
     if not isinstance(model, nn.Module):
         model = getattr(model_or_pipeline, "transformer", None)
@@ -133,7 +133,7 @@ def _transformer(model_or_pipeline: Any) -> nn.Module:
     return model
 
 
-def _check_block(index: int, block: nn.Module) -> None:
+def _check_block(index: int, block: Any) -> None:
     if type(block) not in (CogVideoXBlock, FusedCogVideoXBlock):
         raise TypeError(f"transformer_blocks[{index}] must be a CogVideoXBlock, got {type(block).__name__}")
     if "forward" in block.__dict__:

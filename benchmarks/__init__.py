@@ -1,0 +1,1 @@
+"""Benchmarks and evidence: timings against peers, the static report of the compiled kernels, and the byte counter."""
