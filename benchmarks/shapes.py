@@ -70,6 +70,8 @@ SHAPES = {
             for batch in (1, 4)
         ),
         Shape("5b-480x720-3conditions-b1", 48, 64, 226, _IMAGES["480x720"], conditions=3),
+        # a 13-frame clip after a clip of the same length: the longest masked sequence
+        Shape("5b-video-condition-b1", 48, 64, 226, 13 * _IMAGES["480x720"]),
         # stock CogVideoX, 49 frames: 13 latent frames in one segment, nothing blocked
         Shape("2b-video-b1", 30, 64, 226, 13 * _IMAGES["480x720"], conditions=0, blocked=False),
         Shape("5b-video-b1", 48, 64, 226, 13 * _IMAGES["480x720"], conditions=0, blocked=False),

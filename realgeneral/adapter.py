@@ -7,6 +7,7 @@ AdaLN and embeddings, and in its metadata everything that must agree when it is 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,8 @@ from realgeneral.transformer import RealGeneralTransformer3DModel
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CONDITION_FILE = "realgeneral.safetensors"
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+# rounding to bfloat16 moves a mean magnitude by 1e-5, fine-tuning by less than this; another training by percents
+SIGNATURE_TOLERANCE = 5e-3
 GEOMETRY_KEYS = (
     "num_layers",
     "num_attention_heads",
@@ -57,6 +60,8 @@ class AdapterInfo:
         rank: LoRA rank.
         alpha: LoRA alpha; the scale is alpha / rank.
         geometry: The base's config entries that fix shapes and positions.
+        signature: Mean magnitudes of some base weights: they tell two bases of one geometry apart, whatever their dtype. A
+            fine-tuned base still fits. Empty = not known.
         versions: Library versions that wrote it.
     """
 
@@ -66,6 +71,7 @@ class AdapterInfo:
     rank: int
     alpha: float
     geometry: dict[str, Any] = field(default_factory=dict)
+    signature: tuple[float, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -89,6 +95,7 @@ class AdapterInfo:
             "rank": str(self.rank),
             "alpha": str(self.alpha),
             "geometry": json.dumps(self.geometry, sort_keys=True),
+            "signature": json.dumps(list(self.signature)),
             "versions": json.dumps(self.versions, sort_keys=True),
         }
 
@@ -103,6 +110,7 @@ class AdapterInfo:
                 rank=int(metadata["rank"]),
                 alpha=float(metadata["alpha"]),
                 geometry=json.loads(metadata["geometry"]),
+                signature=tuple(json.loads(metadata.get("signature", "[]"))),
                 versions=json.loads(metadata["versions"]),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -112,6 +120,21 @@ class AdapterInfo:
 def geometry_of(transformer: Any) -> dict[str, Any]:
     """The config entries by which two bases are told apart."""
     return {key: transformer.config[key] for key in GEOMETRY_KEYS}
+
+
+@torch.no_grad()
+def signature_of(transformer: Any) -> tuple[float, ...]:
+    """Mean |w| of weights that a LoRA usually leaves alone, rounded to 6 digits."""
+    first, last = transformer.transformer_blocks[0], transformer.transformer_blocks[-1]
+    linears = (
+        transformer.patch_embed.proj,
+        transformer.patch_embed.text_proj,
+        first.ff.net[2],
+        last.ff.net[2],
+        transformer.proj_out,
+    )
+    weights = (getattr(linear, "base_layer", linear).weight for linear in linears)
+    return tuple(float(f"{weight.float().abs().mean().item():.6g}") for weight in weights)
 
 
 def library_versions() -> dict[str, str]:
@@ -162,6 +185,7 @@ def adapter_info(transformer: RealGeneralTransformer3DModel, tasks: Sequence[str
         rank=config.r,
         alpha=float(config.lora_alpha),
         geometry=geometry_of(transformer),
+        signature=signature_of(transformer),
         versions=library_versions(),
     )
 
@@ -255,6 +279,10 @@ def _check_fits(transformer: RealGeneralTransformer3DModel, info: AdapterInfo, p
     if different:
         listed = ", ".join(f"{k} = {theirs} (this base: {ours})" for k, (theirs, ours) in different.items())
         raise UsageError(f"adapter must be for this base, got one trained on {info.base!r} with {listed}")
+    if not all(
+        math.isclose(a, b, rel_tol=SIGNATURE_TOLERANCE) for a, b in zip(info.signature, signature_of(transformer), strict=False)
+    ):
+        raise UsageError(f"adapter must be for this base, got one trained on {info.base!r}, whose weights are others")
     if info.preset not in PRESETS:
         raise Failure(f"adapter must have a preset of {tuple(PRESETS)}, got {info.preset!r}")
     if preset is not None and preset != info.preset:

@@ -104,9 +104,13 @@ def _read_state(folder: Path) -> dict[str, Any]:
 class MetricsLog:
     """`metrics.jsonl`, one row per step; rows past the checkpoint that a run resumes from are dropped, since they run again."""
 
-    def __init__(self, path: Path, start: int, tensorboard: bool) -> None:
-        self.path = path
+    def __init__(self, path: Path, start: int, tensorboard: bool, is_main: bool = True) -> None:
+        self.path, self.is_main = path, is_main
         self.bad: list[str] = []
+        self.losses: list[float] = []
+        self.writer = None
+        if not is_main:  # one process writes
+            return
         kept = []
         if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -114,8 +118,7 @@ class MetricsLog:
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(partial, path)
-        self.losses: list[float] = [row["loss"] for row in kept]
-        self.writer = None
+        self.losses = [row["loss"] for row in kept]
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -126,12 +129,13 @@ class MetricsLog:
         for row in rows:
             if row not in self.bad:
                 self.bad.append(row)
-                print(f"skipped: {row}", flush=True)
+                if self.is_main:
+                    print(f"skipped: {row}", flush=True)
 
     def step(self, step: int, losses: torch.Tensor, tasks: list[str], seconds: float, config: TrainConfig, bar: Any) -> None:
         """Write one row: mean loss, loss by task, learning-rate-free speed."""
         by_task: dict[str, list[float]] = defaultdict(list)
-        for task, value in zip(tasks, losses.tolist(), strict=False):
+        for task, value in zip(tasks, losses.tolist(), strict=True):
             by_task[task].append(value)
         loss = losses.mean().item()
         row: dict[str, Any] = {
@@ -141,6 +145,8 @@ class MetricsLog:
             "tasks": {task: sum(values) / len(values) for task, values in sorted(by_task.items())},
         }
         self.losses.append(loss)
+        if not self.is_main:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if step % config.log_every == 0:

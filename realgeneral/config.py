@@ -125,6 +125,7 @@ class GenerateConfig:
     guidance_scale: float = _opt("classifier-free guidance", 6.0)
     num_images: int = _opt("images to make; image i has seed + i", 1)
     seed: int = _opt("random seed", 0)
+    condition_seed: int = _opt("seed of a condition with a random part (the hole of inpainting); -1 = --seed", -1)
     dtype: Literal["float32", "bfloat16", "float16"] = _opt("dtype of the models", "float32")
     offload: bool = _opt("keep on the GPU only the model that runs", False)
     fused_kernels: bool = _opt("run the model on the Triton kernels of rgkernels", False)

@@ -6,7 +6,6 @@ pure function of (data, settings, n), whatever the number of workers: that makes
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import tarfile
@@ -377,10 +376,3 @@ class RunSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return len(range(self.start + self.rank, self.stop, self.world))
-
-
-def read_image_bytes(picture: Image.Image) -> bytes:
-    """PNG bytes of a picture, for writing parquet or tar rows."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()

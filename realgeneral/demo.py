@@ -60,7 +60,7 @@ def show_tasks(pipe: RealGeneralPipeline, config: DemoConfig, output: Path) -> d
     for name in pipe.adapter.task_names:
         print(f"generating: {name}", flush=True)
         pairs = held_out(pipe.adapter.task_spec(name), config.concepts, (64, 64), config.seed)
-        images = generate_all(pipe, pairs, _Sampling(config)).cpu()
+        images = generate_all(pipe, pairs, _Sampling(config))
         rows.append([picture for i in range(len(pairs.samples)) for picture in _triple(pairs, images, i)])
         labels.append(name)
         scores[name] = {
@@ -92,7 +92,7 @@ def show_training(config: DemoConfig, output: Path) -> dict[str, Any]:
     before = open_pipeline(None, config)
     before.transformer.configure_condition([get_task(spec).name], settings.preset)
     after = open_pipeline(result["adapter"], config)
-    images = [generate_all(p, pairs, _Sampling(config)).cpu() for p in (before, after)]
+    images = [generate_all(p, pairs, _Sampling(config)) for p in (before, after)]
     pictures = [
         [*(to_picture(x[i] * 2 - 1) for x in (pairs.conditions, *images, pairs.truth))] for i in range(len(pairs.samples))
     ]

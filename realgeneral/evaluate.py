@@ -80,7 +80,7 @@ def generate_all(pipe: RealGeneralPipeline, pairs: HeldOut, config: Any, progres
                 output_type="pt",
             ).images
         )
-    return torch.cat(results)
+    return torch.cat(results).cpu()
 
 
 def measures(task: str, pairs: HeldOut) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -165,7 +165,7 @@ def _pipeline(config: EvaluateConfig, adapter: str) -> RealGeneralPipeline:
         raise UsageError("base must be a 64 px model such as nano for the emoji table, got a larger one")
     pipe.set_progress_bar_config(disable=True)
     fold_single_frame(pipe.vae)
-    return pipe
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _picture(concept: Concept, style: str) -> Tensor:

@@ -90,7 +90,7 @@ def derive_condition(config: GenerateConfig, pipe: RealGeneralPipeline, width: i
     try:
         name = get_task(config.task).name
         spec = config.task if ":" in config.task or pipe.adapter is None else pipe.adapter.task_spec(name)
-        return get_task(spec).condition(picture, config.seed)
+        return get_task(spec).condition(picture, config.seed if config.condition_seed < 0 else config.condition_seed)
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -101,7 +101,9 @@ def _write(images: list[Image.Image], config: GenerateConfig) -> list[Path]:
     for i, (image, file) in enumerate(zip(images, paths, strict=True)):
         # the settings that make this very image again, alone
         info = PngInfo()
-        settings = {**asdict(config), "seed": config.seed + i, "num_images": 1, "output": str(file)}
+        condition_seed = config.seed if config.condition_seed < 0 else config.condition_seed
+        again = {"seed": config.seed + i, "condition_seed": condition_seed, "num_images": 1, "output": str(file)}
+        settings = {**asdict(config), **again}
         info.add_text("realgeneral", json.dumps({**settings, "version": __version__}))
         save_picture(image, file, pnginfo=info)
     return paths

@@ -158,7 +158,9 @@ class Geometry:
         return _sincos(self, *self.grid(height, width), frames, str(device), dtype)
 
 
+# the cached tables outlive the mode that a first caller may be in, and training cannot save inference tensors
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _rotary(geometry: Geometry, rows: int, columns: int, frames: tuple[int, ...], device: str) -> tuple[Tensor, Tensor]:
     p = geometry.patch_size
     base_height, base_width = geometry.sample_height // p, geometry.sample_width // p
@@ -174,6 +176,7 @@ def _rotary(geometry: Geometry, rows: int, columns: int, frames: tuple[int, ...]
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _sincos(geometry: Geometry, rows: int, columns: int, frames: tuple[int, ...], device: str, dtype: torch.dtype) -> Tensor:
     table = get_3d_sincos_pos_embed(
         geometry.dim,

@@ -169,7 +169,9 @@ class RealGeneralPipeline(CogVideoXPipeline):
         text, negative = self.encode_prompt(prompts, negatives, guided, max_sequence_length=window, device=device)
         text = text.to(self.transformer.dtype)
         subject_embeds = self._subject_embeds(prompts, subject, text, window)
-        inputs = self._condition_inputs(conditions, condition_cache, task, subject_embeds, (height, width), attention_kwargs)
+        inputs = self._condition_inputs(
+            conditions, condition_cache, len(prompts), task, subject_embeds, (height, width), attention_kwargs
+        )
         images = len(prompts) * num_images_per_prompt
         latents = self._initial_latents(images, height, width, text.dtype, device, generator, latents)
         # samples run prompt-minor, so that tensors of B prompts and of B conditions tile
@@ -282,6 +284,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
         self,
         conditions: list[list[Image.Image]] | None,
         cache: ConditionCache | Sequence[ConditionCache] | None,
+        prompts: int,
         task: str,
         subject_embeds: Tensor | None,
         size: tuple[int, int],
@@ -290,6 +293,8 @@ class RealGeneralPipeline(CogVideoXPipeline):
         """Keyword arguments of the transformer: a cache if the preset allows one, the clean latents otherwise."""
         if cache is not None:
             joined = cache if isinstance(cache, ConditionCache) else ConditionCache.join(cache)
+            if joined.batch not in (1, prompts):
+                raise UsageError(f"condition_cache must hold 1 sample or one per prompt ({prompts}), got {joined.batch}")
             return {"condition_cache": joined, "attention_kwargs": attention_kwargs}
         assert conditions is not None
         task_ids = self._task_ids(task, len(conditions))

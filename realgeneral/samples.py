@@ -9,14 +9,13 @@ from PIL import Image
 
 from realgeneral.adapter import AdapterInfo
 from realgeneral.config import TrainConfig
-from realgeneral.data import PairDataset, TextCheck, open_source
+from realgeneral.data import PairDataset, Source, TextCheck
 from realgeneral.pictures import picture_grid, save_picture
 from realgeneral.pipeline import RealGeneralPipeline
 
 
-def sample_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, path: Path) -> None:
+def sample_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source, path: Path) -> None:
     """Write a grid (condition | result | target) of the first `sample_count` rows of a fixed order; held-out rows for nano."""
-    source = open_source(config.data)
     if config.data == "nano":
         from realgeneral.nano.pairs import NanoSource
 

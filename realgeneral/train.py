@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -26,7 +27,7 @@ from tqdm.auto import tqdm
 from realgeneral import checkpoint
 from realgeneral.adapter import AdapterInfo, adapter_info, add_lora, load_adapter, mark_trainable, save_adapter
 from realgeneral.config import TrainConfig
-from realgeneral.data import PairDataset, RunSampler, Sample, TextCheck, open_source
+from realgeneral.data import PairDataset, RunSampler, Sample, Source, TextCheck, open_source
 from realgeneral.diffusion import noised, sample_timesteps, v_loss, v_target
 from realgeneral.embedding import pool_subject, subject_span_mask
 from realgeneral.errors import Failure, UsageError
@@ -51,28 +52,31 @@ class Batch:
 
 
 class TextCache:
-    """Text features of recent prompts; the encoder is frozen, so each prompt is encoded once while it stays here."""
+    """Text features of recent prompts; the encoder is frozen, so each prompt is encoded once while it stays here.
 
-    def __init__(self, pipe: RealGeneralPipeline, capacity: int = 4096) -> None:
-        self.pipe, self.capacity = pipe, capacity
+    Prompts are encoded one by one: the bits of a batch's rows may depend on the batch, and a resumed run meets other batches.
+    """
+
+    def __init__(self, pipe: RealGeneralPipeline, capacity_bytes: int = 2**30) -> None:
+        self.pipe, self.capacity_bytes = pipe, capacity_bytes
         self.window = pipe.transformer.config.max_text_seq_length
         self.entries: OrderedDict[str, Tensor] = OrderedDict()
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> Tensor:
         """[len(prompts), T, E] on the pipeline's device."""
-        missing = list(dict.fromkeys(p for p in prompts if p not in self.entries))
-        if missing:
-            self.pipe._check_prompts(missing, self.window)
-            device = self.pipe.text_encoder.device
-            encoded, _ = self.pipe.encode_prompt(missing, None, False, max_sequence_length=self.window, device=device)
-            self.entries.update(zip(missing, encoded.cpu(), strict=True))
-        features = torch.stack([self.entries[p] for p in prompts])
+        device = self.pipe.text_encoder.device
         for prompt in prompts:
+            if prompt not in self.entries:
+                self.pipe._check_prompts([prompt], self.window)
+                encoded, _ = self.pipe.encode_prompt([prompt], None, False, max_sequence_length=self.window, device=device)
+                self.entries[prompt] = encoded[0].cpu()
             self.entries.move_to_end(prompt)
-        while len(self.entries) > self.capacity:
+        features = torch.stack([self.entries[p] for p in prompts])
+        capacity = max(len(prompts), self.capacity_bytes // max(1, features[0].nbytes))
+        while len(self.entries) > capacity:
             self.entries.popitem(last=False)
-        return features.to(self.pipe.text_encoder.device)
+        return features.to(device)
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -142,6 +146,11 @@ def load_models(config: TrainConfig, accelerator: Accelerator) -> tuple[RealGene
     transformer = pipe.transformer
     if config.init_adapter:
         info = load_adapter(transformer, resolve_adapter(config.init_adapter), preset=config.preset)
+        if (info.rank, info.alpha) != (config.rank, config.alpha or config.rank):
+            raise UsageError(
+                f"rank and alpha must be those of the adapter to start from, {info.rank} and {info.alpha:g}, "
+                f"got {config.rank} and {config.alpha or config.rank:g}"
+            )
         tasks = task_specs(config) if config.tasks else list(info.tasks)
         if tuple(get_task(spec).name for spec in tasks) != info.task_names:
             raise UsageError(f"tasks must be those of the adapter to start from, {list(info.task_names)}, got {tasks}")
@@ -233,7 +242,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         worker_init_fn=_leave_interrupts_to_the_trainer,
     )
     batches, texts = iter(loader), TextCache(pipe)
-    log = checkpoint.MetricsLog(output / "metrics.jsonl", start, config.tensorboard and accelerator.is_main_process)
+    log = checkpoint.MetricsLog(output / "metrics.jsonl", start, config.tensorboard, accelerator.is_main_process)
 
     # 3. steps
     stop = _Stop()
@@ -254,11 +263,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 last = micro == config.gradient_accumulation_steps - 1
                 with accelerator.autocast(), contextlib.nullcontext() if last else accelerator.no_sync(model):
                     loss = training_loss(pipe, model, texts, batch, config, draw)
-                    _check_finite(loss, step, batch)
+                    if accelerator.num_processes == 1:  # else all stop together below: NaN reaches every gradient
+                        _check_finite(loss, step, batch)
                     accelerator.backward(loss.mean() / config.gradient_accumulation_steps)
-                losses.append(loss.detach())
-                tasks += batch.tasks
-                log.skipped(batch.skipped)
+                losses.append(accelerator.gather(loss.detach()))
+                tasks += gather_object(batch.tasks)
+                log.skipped(gather_object(batch.skipped))
             norm = accelerator.clip_grad_norm_(trainable, config.max_grad_norm)
             if not torch.isfinite(norm):  # such a step would put NaN into the weights, and into the next checkpoint
                 raise Failure(
@@ -268,15 +278,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
             optimizer.zero_grad(set_to_none=True)
             if ema is not None:
                 ema.step(trainable)
-            log.step(step + 1, accelerator.gather(torch.cat(losses)), tasks, time.perf_counter() - began, config, bar)
+            log.step(step + 1, torch.cat(losses), tasks, time.perf_counter() - began, config, bar)
 
             # 4. samples and checkpoints
-            done = step + 1
-            if accelerator.is_main_process and (done % config.save_every == 0 or done == config.steps or stop.asked):
+            done, stopping = step + 1, _any_process(accelerator, bool(stop.asked))
+            if accelerator.is_main_process and (done % config.save_every == 0 or done == config.steps or stopping):
                 checkpoint.save(output, config, info, done, pipe.transformer, optimizer, ema)
-            if accelerator.is_main_process and config.sample_every and done % config.sample_every == 0 and done < config.steps:
-                _sample(pipe, config, info, output, done, ema, trainable)
-            if stop.asked:
+            sampling = config.sample_every and config.sample_count and done % config.sample_every == 0 and done < config.steps
+            if accelerator.is_main_process and sampling:
+                _sample(pipe, config, info, source, output, done, ema, trainable)
+            if stopping:
                 raise Failure(f"stopped by signal {stop.asked} after step {done}; the same command with --resume continues")
 
     # 5. the adapter
@@ -285,7 +296,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if accelerator.is_main_process:
         save_adapter(pipe.transformer, output / "adapter", info)
         if config.sample_count:
-            _sample(pipe, config, info, output, config.steps, None, trainable)
+            _sample(pipe, config, info, source, output, config.steps, None, trainable)
     accelerator.end_training()
     return log.summary(config.steps, output / "adapter")
 
@@ -294,6 +305,7 @@ def _sample(
     pipe: RealGeneralPipeline,
     config: TrainConfig,
     info: AdapterInfo,
+    source: Source,
     output: Path,
     step: int,
     ema: EMAModel | None,
@@ -306,7 +318,7 @@ def _sample(
     pipe.transformer.eval()
     # a compiled model would be compiled again for the sampler's batch and its condition cache
     with torch.compiler.set_stance("force_eager" if config.compile else "default"):
-        sample_grid(pipe, config, info, output / "samples" / f"step-{step:06d}.png")
+        sample_grid(pipe, config, info, source, output / "samples" / f"step-{step:06d}.png")
     pipe.transformer.train()
     if ema is not None:
         ema.restore(trainable)
@@ -322,6 +334,13 @@ def _next(batches: Iterator[Batch]) -> Batch:
 
 def _leave_interrupts_to_the_trainer(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether a flag is set in any process: all must leave the loop at the same step."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item())
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:

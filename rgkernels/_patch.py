@@ -55,6 +55,8 @@ class FusedCogVideoXBlock(CogVideoXBlock):  # type: ignore[misc]
         if attention_kwargs:
             raise NotImplementedError(f"attention_kwargs must be empty in a patched block, got {sorted(attention_kwargs)}")
         state = self._rgkernels
+        if self.norm1.norm.weight is not None and self.norm1.norm.weight.is_meta:
+            raise NotImplementedError("a patched block must hold its weights, got meta ones (sequential offload)")
         if isinstance(encoder_hidden_states, _Pending):
             residual, branch, gate = hidden_states, encoder_hidden_states.branch, encoder_hidden_states.gate
             text_length = encoder_hidden_states.text_length
@@ -82,7 +84,7 @@ def patch(model_or_pipeline: Any, *, impl: str = "auto") -> Any:
     """Run a stock CogVideoX transformer on the ops of this package.
 
     Args:
-        model_or_pipeline: A diffusers `CogVideoXTransformer3DModel`, or a pipeline whose `transformer` is one (2B, 5B, 5B-I2V,
+        model_or_pipeline: A diffusers `CogVideoXTransformer3DModel`, or a pipeline whose transformer is one (2B, 5B, I2V,
             1.5; with LoRA, fused QKV projections, gradient checkpointing or a LoRA scale). Changed in place.
         impl: Implementation of the ops: "auto" is Triton on CUDA and the PyTorch reference elsewhere.
 
@@ -91,8 +93,8 @@ def patch(model_or_pipeline: Any, *, impl: str = "auto") -> Any:
 
     Raises:
         TypeError: Not a CogVideoX transformer, or no pipeline with one.
-        ValueError: Unknown impl, or a block that cannot be swapped: custom attention processor, or a forward replaced by a hook
-            (patch first, then enable sequential offload).
+        ValueError: Unknown impl, or a block that cannot be swapped: custom attention processor, or a hooked forward.
+            Sequential offload is not supported: it moves single weights that the ops read directly.
 
     Note:
         Outputs agree with the stock model within rounding: norms and rotation run in float32 with one rounding at the end.
@@ -106,7 +108,10 @@ def patch(model_or_pipeline: Any, *, impl: str = "auto") -> Any:
     for i, block in enumerate(blocks):
         block.__class__ = FusedCogVideoXBlock
         block._rgkernels = _BlockState(i == 0, i == len(blocks) - 1, impl)
-    _set_own_impl(model, impl)
+    # models that call the ops themselves (RealGeneral) keep their choice in `impl`
+    if hasattr(model, "impl"):
+        model._impl_before_patch = getattr(model, "_impl_before_patch", model.impl)
+        model.impl = impl
     return model_or_pipeline
 
 
@@ -117,7 +122,9 @@ def unpatch(model_or_pipeline: Any) -> Any:
         if isinstance(block, FusedCogVideoXBlock):
             block.__class__ = CogVideoXBlock
             del block._rgkernels
-    _set_own_impl(model, "reference")
+    if hasattr(model, "_impl_before_patch"):
+        model.impl = model._impl_before_patch
+        del model._impl_before_patch
     return model_or_pipeline
 
 
@@ -137,15 +144,9 @@ def _check_block(index: int, block: Any) -> None:
     if type(block) not in (CogVideoXBlock, FusedCogVideoXBlock):
         raise TypeError(f"transformer_blocks[{index}] must be a CogVideoXBlock, got {type(block).__name__}")
     if "forward" in block.__dict__:
-        raise ValueError(f"transformer_blocks[{index}] must not have its forward replaced by a hook: patch before offloading")
+        raise ValueError(f"transformer_blocks[{index}] must not have a forward replaced by a hook (offload)")
     processor = block.attn1.processor
     if type(processor) not in _PROCESSORS:
         raise ValueError(f"attention processor of block {index} must be CogVideoX's own, got {type(processor).__name__}")
     if block.attn1.norm_q is None:
         raise ValueError(f"attention of block {index} must have QK-norm, got none")
-
-
-def _set_own_impl(model: Any, impl: str) -> None:
-    # models that call the ops themselves (RealGeneral) keep their choice in `impl`
-    if hasattr(model, "impl"):
-        model.impl = impl

@@ -121,6 +121,12 @@ def save_pipeline(pipeline: CogVideoXPipeline, folder: Path) -> None:
     parts = dict(pipeline.components)
     for name in ("vae", "text_encoder", "transformer"):
         parts[name] = copy.deepcopy(parts[name]).half()
+    # diffusers and transformers would record the folder a part was loaded from.
+    for part in parts.values():
+        if hasattr(part, "register_to_config"):
+            part.register_to_config(_name_or_path="")
+        elif hasattr(part, "name_or_path"):
+            part.name_or_path = ""
     CogVideoXPipeline(**parts).save_pretrained(tmp)
     for file in tmp.rglob("*"):
         # safetensors writes private files; a package must be readable by all.

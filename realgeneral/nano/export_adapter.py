@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from realgeneral.adapter import read_adapter_info, save_adapter
+from realgeneral.adapter import read_adapter_info, save_adapter, signature_of
 from realgeneral.nano.common import ASSETS, LOGS
 from realgeneral.pipeline import RealGeneralPipeline
 
@@ -25,7 +25,7 @@ def main() -> None:
     arguments = parser.parse_args()
     adapter = arguments.run / "adapter"
     pipe = RealGeneralPipeline.from_pretrained(arguments.base, adapter=adapter)
-    info = replace(read_adapter_info(adapter), base="nano")
+    info = replace(read_adapter_info(adapter), base="nano", signature=signature_of(pipe.transformer))
     save_adapter(pipe.transformer, ASSETS / "adapter", info, dtype=torch.float16)
     shutil.copyfile(arguments.run / "metrics.jsonl", LOGS / "adapter_metrics.jsonl")
 

@@ -33,7 +33,6 @@ from realgeneral.nano.base import (
 )
 from realgeneral.nano.common import (
     BASE,
-    LOGS,
     Ema,
     append_csv,
     command_line,
@@ -46,7 +45,7 @@ from realgeneral.nano.common import (
 from realgeneral.nano.latents import ClipSource, build_pool
 from realgeneral.vae import fold_single_frame
 
-# The last three rows hold concepts that training never saw.
+# The second half names concepts that training never saw.
 PROMPTS = [
     "red heart, 3d render",
     "fox, from flat icon to 3d render",
@@ -209,7 +208,7 @@ class Run:
         training = validation_loss(self.average, self.diffusion, self.train, self.tokenizer)
         log(f"step {self.step} loss {loss:.4f} ema: train {training:.4f} held-out {validation:.4f}")
         row: dict[str, Any] = {"step": self.step, "minutes": round(self.spent / 60, 2)}
-        append_csv(LOGS / "base_eval.csv", row | {"train": round(training, 5), "held_out": round(validation, 5)})
+        append_csv(self.args.out / "base_eval.csv", row | {"train": round(training, 5), "held_out": round(validation, 5)})
         if preview:
             self.export(self.args.out / "base_preview")
 
@@ -254,7 +253,7 @@ def train(run: Run) -> None:
         running = value if math.isnan(running) else running * 0.98 + 0.02 * value
         if run.step % 25 == 0:
             row = {"step": run.step, "minutes": round(run.spent / 60, 2), "loss": round(running, 5)}
-            append_csv(LOGS / "base_loss.csv", row)
+            append_csv(args.out / "base_loss.csv", row)
         if run.spent > next_report:
             next_report = run.spent + 60 * args.report_minutes
             preview = run.spent > next_preview

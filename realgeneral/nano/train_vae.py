@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from realgeneral.nano.common import (
     BASE,
-    LOGS,
     Ema,
     append_csv,
     command_line,
@@ -214,7 +213,7 @@ class Run:
         """Log the PSNR of `vae` on up to `limit` held-out concepts."""
         psnr = rounded(psnr_by_kind(vae, self.held_out, limit), 2)
         log(f"step {self.step} psnr {psnr}")
-        append_csv(LOGS / "vae_psnr.csv", {"step": self.step, **psnr})
+        append_csv(self.args.out / "vae_psnr.csv", {"step": self.step, **psnr})
 
 
 def train(run: Run) -> None:
@@ -239,7 +238,7 @@ def train(run: Run) -> None:
         running = {k: running.get(k, v.item()) * 0.98 + 0.02 * v.item() for k, v in terms.items()}
         if run.step % 50 == 0:
             row = {"step": run.step, "minutes": round(run.spent / 60, 2), **rounded(running, 5)}
-            append_csv(LOGS / "vae_loss.csv", row)
+            append_csv(args.out / "vae_loss.csv", row)
             if not math.isfinite(loss.item()):
                 raise RuntimeError(f"the loss must be finite, got {loss.item()} at step {run.step}")
         if run.spent > next_check:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import save_checkpoint
+from checkpoints import save_checkpoint, tiny_transformer
 from diffusers import CogVideoXPipeline
 from models import make_inputs, run, trained_model
 from safetensors import safe_open
@@ -368,3 +368,17 @@ def test_adapter_on_a_base_saved_elsewhere(bases: dict[str, Path], saved: Path, 
     """The base's folder name is for people: the same geometry in another folder loads."""
     copy = save_checkpoint(tmp_path / "renamed", "5b")
     assert load_adapter(fresh(copy), saved).base == "5b"
+
+
+def test_another_base_of_the_same_geometry_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Same shapes, other weights: refused and named; a slightly fine-tuned or bfloat16 base still fits."""
+    save(bases["5b"], tmp_path / "a")
+    other = RealGeneralTransformer3DModel.from_cogvideox(tiny_transformer("5b", seed=7))
+    with pytest.raises(UsageError, match="must be for this base, got one trained on '5b', whose weights are others"):
+        load_adapter(other, tmp_path / "a")
+    tuned = fresh(bases["5b"])
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.mul_(1.001)
+    load_adapter(tuned, tmp_path / "a")
+    load_adapter(fresh(bases["5b"]).to(torch.bfloat16), tmp_path / "a")

@@ -18,7 +18,7 @@ from PIL import Image
 from test_pictures import bomb, encoded
 from torch.utils.data import DataLoader
 
-from realgeneral.data import PairDataset, RunSampler, TextCheck, open_source, read_image_bytes
+from realgeneral.data import PairDataset, RunSampler, TextCheck, open_source
 from realgeneral.errors import Failure, UsageError
 from realgeneral.nano.pairs import NANO_TASKS, TARGET_STYLES, NanoSource
 from realgeneral.train import collate
@@ -515,8 +515,3 @@ def test_nano_rows() -> None:
     assert held_out.row(3, 1).target.tobytes() == held_out.row(3, 2).target.tobytes()
     data = PairDataset(source, NANO_TASKS, [], (64, 64), 0, strict=True)
     assert {data[n].task for n in range(80)} == {spec.partition(":")[0] for spec in NANO_TASKS}
-
-
-def test_read_image_bytes(photo: Image.Image) -> None:
-    """The writer's helper round-trips."""
-    assert Image.open(io.BytesIO(read_image_bytes(photo))).tobytes() == photo.tobytes()

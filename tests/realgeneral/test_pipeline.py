@@ -275,6 +275,15 @@ def test_condition_and_cache_together(pipe: RealGeneralPipeline, photo: Image.Im
         call(pipe, "a red pot", photo, condition_cache=cache)
 
 
+def test_cache_of_another_batch(pipe: RealGeneralPipeline, photo: Image.Image) -> None:
+    """A cache of two images fits two prompts, not one: with guidance the two branches would see different conditions."""
+    alive(pipe)
+    latents = pipe._condition_latents([[photo], [photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]], (64, 96))
+    cache = pipe.transformer.encode_condition(latents, pipe.transformer.task_ids(["canny"] * 2))
+    with pytest.raises(UsageError, match="condition_cache must hold 1 sample or one per prompt"):
+        call(pipe, "a red pot", condition_cache=cache)
+
+
 # --- files ---------------------------------------------------------------------------------------------------------------
 
 
