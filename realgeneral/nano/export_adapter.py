@@ -6,7 +6,7 @@ realgeneral train --data nano --output outputs/nano ... && python -m realgeneral
 from __future__ import annotations
 
 import argparse
-import shutil
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from realgeneral.pipeline import RealGeneralPipeline
 
 
 def main() -> None:
-    """Read RUN/adapter and RUN/metrics.jsonl, write assets/adapter and assets/logs."""
+    """Read RUN/adapter and RUN/metrics.jsonl, write assets/adapter and assets/logs/adapter_loss.csv (means of 25 steps)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="output folder of realgeneral train")
     parser.add_argument("--base", default="nano", help="base that the run was trained on")
@@ -27,7 +27,10 @@ def main() -> None:
     pipe = RealGeneralPipeline.from_pretrained(arguments.base, adapter=adapter)
     info = replace(read_adapter_info(adapter), base="nano", signature=signature_of(pipe.transformer))
     save_adapter(pipe.transformer, ASSETS / "adapter", info, dtype=torch.float16)
-    shutil.copyfile(arguments.run / "metrics.jsonl", LOGS / "adapter_metrics.jsonl")
+    rows = [json.loads(line) for line in (arguments.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    means = [(rows[i + 24]["step"], sum(row["loss"] for row in rows[i : i + 25]) / 25) for i in range(0, len(rows) - 24, 25)]
+    lines = ["step,loss", *(f"{step},{loss:.5f}" for step, loss in means)]
+    (LOGS / "adapter_loss.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
