@@ -114,7 +114,7 @@ def test_adapter_beats_copying_and_the_base(pipe: RealGeneralPipeline) -> None:
     made, unadapted = (interval(psnr(generate_all(p, pairs, settings), pairs.truth))[0] for p in (pipe, base))
     copied = interval(psnr(pairs.conditions, pairs.truth))[0]
     assert made > copied
-    assert made > unadapted
+    assert made > unadapted + 3
 
 
 def test_metrics_know_identity_and_difference() -> None:
