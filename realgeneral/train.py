@@ -10,9 +10,7 @@ import math
 import signal
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,119 +18,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from realgeneral import checkpoint
 from realgeneral.adapter import AdapterInfo, adapter_info, add_lora, load_adapter, mark_trainable, save_adapter
 from realgeneral.config import TrainConfig
-from realgeneral.data import PairDataset, RunSampler, Sample, Source, TextCheck, open_source
-from realgeneral.diffusion import noised, sample_timesteps, v_loss, v_target
-from realgeneral.embedding import pool_subject, subject_span_mask
+from realgeneral.data import PairDataset, RunSampler, Source, TextCheck, open_source
 from realgeneral.errors import Failure, UsageError
 from realgeneral.kernels import use_kernels
+from realgeneral.objective import Batch, TextCache, collate, training_loss
 from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
 from realgeneral.samples import sample_grid
 from realgeneral.tasks import DEFAULT_TASKS, get_task
-from realgeneral.vae import encode_images, fold_single_frame
-
-
-@dataclass
-class Batch:
-    """A micro-batch of samples on the device; what is random in it was drawn from (seed, step)."""
-
-    target: Tensor
-    conditions: Tensor
-    prompts: list[str]
-    tasks: list[str]
-    subjects: list[str | None]
-    names: list[str]
-    skipped: list[str]
-
-
-class TextCache:
-    """Text features of recent prompts; the encoder is frozen, so each prompt is encoded once while it stays here.
-
-    Prompts are encoded one by one: the bits of a batch's rows may depend on the batch, and a resumed run meets other batches.
-    """
-
-    def __init__(self, pipe: RealGeneralPipeline, capacity_bytes: int = 2**30) -> None:
-        self.pipe, self.capacity_bytes = pipe, capacity_bytes
-        self.window = pipe.transformer.config.max_text_seq_length
-        self.entries: OrderedDict[str, Tensor] = OrderedDict()
-
-    @torch.no_grad()
-    def __call__(self, prompts: list[str]) -> Tensor:
-        """[len(prompts), T, E] on the pipeline's device."""
-        device = self.pipe.text_encoder.device
-        for prompt in prompts:
-            if prompt not in self.entries:
-                self.pipe._check_prompts([prompt], self.window)
-                encoded, _ = self.pipe.encode_prompt([prompt], None, False, max_sequence_length=self.window, device=device)
-                self.entries[prompt] = encoded[0].cpu()
-            self.entries.move_to_end(prompt)
-        features = torch.stack([self.entries[p] for p in prompts])
-        capacity = max(len(prompts), self.capacity_bytes // max(1, features[0].nbytes))
-        while len(self.entries) > capacity:
-            self.entries.popitem(last=False)
-        return features.to(device)
-
-
-def collate(samples: list[Sample]) -> Batch:
-    """Stack samples; Failure if their numbers of condition images differ."""
-    counts = {len(s.conditions) for s in samples}
-    if len(counts) != 1:
-        raise Failure(f"rows of one batch must have the same number of conditions, got {sorted(counts)}")
-    return Batch(
-        torch.stack([s.target for s in samples]),
-        torch.stack([s.conditions for s in samples]),
-        [s.prompt for s in samples],
-        [s.task for s in samples],
-        [s.subject for s in samples],
-        [s.name for s in samples],
-        [name for s in samples for name in s.skipped],
-    )
-
-
-def training_loss(
-    pipe: RealGeneralPipeline, model: nn.Module, texts: TextCache, batch: Batch, config: TrainConfig, draw: int
-) -> Tensor:
-    """Per-sample loss, [B]: encode, noise, drop prompts and conditions, predict v on the target tokens.
-
-    Every random number comes from (seed, draw), so that a resumed run draws what an uninterrupted one would.
-    """
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + draw)
-    transformer, device = pipe.transformer, batch.target.device
-    with torch.no_grad():
-        images = torch.cat([batch.target[:, None], batch.conditions], dim=1)
-        latents = encode_images(pipe.vae, images.flatten(0, 1)).unflatten(0, images.shape[:2]).float()
-        frames = transformer.geometry.frames_per_image
-        clean, conditions = latents[:, :1].repeat(1, frames, 1, 1, 1), latents[:, 1:]
-        text = texts(batch.prompts)
-        subjects = subject_span_mask(pipe.tokenizer, batch.prompts, batch.subjects, texts.window).to(device)
-        subject_embeds = pool_subject(text, subjects)
-        text = torch.where(_drawn(config.text_dropout, len(text), generator).to(device)[:, None, None], texts([""]), text)
-        kept = ~_drawn(config.condition_dropout, len(text), generator).to(device)
-        conditions = conditions * kept[:, None, None, None, None]
-        timesteps = sample_timesteps(len(text), pipe.scheduler.config.num_train_timesteps, generator).to(device)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        noisy, wanted = noised(pipe.scheduler, clean, noise, timesteps), v_target(pipe.scheduler, clean, noise, timesteps)
-    dtype = transformer.proj_out.weight.dtype
-    prediction = model(
-        noisy.to(dtype),
-        text.to(dtype),
-        timesteps,
-        condition_latents=conditions.to(dtype),
-        task_ids=transformer.task_ids(batch.tasks),
-        subject_embeds=subject_embeds,
-        return_dict=False,
-    )[0]
-    return v_loss(prediction, wanted)
-
-
-def _drawn(probability: float, count: int, generator: torch.Generator) -> Tensor:
-    return torch.rand(count, generator=generator) < probability
+from realgeneral.vae import fold_single_frame
 
 
 def load_models(config: TrainConfig, accelerator: Accelerator) -> tuple[RealGeneralPipeline, AdapterInfo]:

@@ -56,7 +56,9 @@ STYLE_PAIRS = {
     ("high_contrast", "noto"): 0.06,
     ("flat", "high_contrast"): 0.06,
 }
-SHARES = {"style": 0.40, "derived": 0.27, "motion": 0.33}
+SHARES = {"style": 0.40, "derived": 0.35, "motion": 0.25}
+# Share of captions that describe the last frame alone, as a prompt of the conditional tasks does.
+LAST_FRAME_CAPTIONS = 0.4
 
 
 def still_entry(style: str) -> int:
@@ -164,12 +166,14 @@ class ClipSource:
         """Draw clips: latents float32 [B, frames, C, h, w] and captions."""
         latents, captions = [], []
         for concept in rng.integers(0, len(self.names), size):
-            entries, description = self._clip(int(concept), frames, rng)
+            entries, description, last = self._clip(int(concept), frames, rng)
+            description = last if rng.random() < LAST_FRAME_CAPTIONS else description
             latents.append(self.pool[concept][entries])
             captions.append(f"{self.names[concept]}, {description}")
         return torch.from_numpy(np.stack(latents)).float(), captions
 
-    def _clip(self, concept: int, frames: int, rng: np.random.Generator) -> tuple[list[int], str]:
+    def _clip(self, concept: int, frames: int, rng: np.random.Generator) -> tuple[list[int], str, str]:
+        """Entries of the frames, what the clip shows, what its last frame shows."""
         kind = rng.choice(list(SHARES), p=list(SHARES.values()))
         if kind == "style":
             index = rng.choice(len(STYLE_PAIRS), p=list(STYLE_PAIRS.values()))
@@ -184,15 +188,16 @@ class ClipSource:
             return _change(*ends, frames) if rng.random() < 0.75 else _change(ends[1], ends[0], frames)
         style = STYLES[rng.integers(len(STYLES))]
         if rng.random() < 0.4:
-            return [still_entry(style)] * frames, STYLE_WORDS[style]
+            return [still_entry(style)] * frames, STYLE_WORDS[style], STYLE_WORDS[style]
         slot = int(rng.integers(MOTIONS_PER_STYLE))
         stages = [still_entry(style), *(motion_entry(style, slot, k) for k in range(len(STAGES)))]
         if frames == 2:
             stages = [stages[0], stages[int(rng.integers(2, 4))]]
         motion = MOTIONS[self.motions[concept, STYLES.index(style), slot]]
-        return stages, f"{STYLE_WORDS[style]}, {motion}"
+        described = f"{STYLE_WORDS[style]}, {motion}"
+        return stages, described, described
 
 
-def _change(first: tuple[int, str], last: tuple[int, str], frames: int) -> tuple[list[int], str]:
+def _change(first: tuple[int, str], last: tuple[int, str], frames: int) -> tuple[list[int], str, str]:
     half = frames // 2
-    return [first[0]] * half + [last[0]] * (frames - half), f"from {first[1]} to {last[1]}"
+    return [first[0]] * half + [last[0]] * (frames - half), f"from {first[1]} to {last[1]}", last[1]

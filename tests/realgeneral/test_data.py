@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from realgeneral.data import PairDataset, RunSampler, TextCheck, open_source
 from realgeneral.errors import Failure, UsageError
 from realgeneral.nano.pairs import NANO_TASKS, TARGET_STYLES, NanoSource
-from realgeneral.train import collate
+from realgeneral.objective import collate
 
 SIZE = (32, 16)
 Rows = list[dict[str, Any]]
