@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from rgkernels.cogvideox import KeyValue
+from rgkernels.cogvideox import KeyValue, Modulation, stack_modulation
+
+Site = tuple[Modulation, Modulation]
 
 
 class ConditionAdaLN(nn.Module):
@@ -31,6 +33,28 @@ class ConditionAdaLN(nn.Module):
             own.bias.copy_(stock.bias[:rows])
 
 
+def norm_sites(block: Any, own: ConditionAdaLN, temb: Tensor | None, condition_temb: Tensor | None, conditions: int) -> Site:
+    """Modulation of both norm sites of a block, segments in the joint order.
+
+    Args:
+        block: diffusers' `CogVideoXBlock`: text uses rows 3d:6d of its linears, the target rows 0:3d.
+        own: The condition's branch.
+        temb: Time embedding [B, time_embed_dim] of text and target; None without them.
+        condition_temb: That of the conditions; None without them.
+        conditions: Number of condition images.
+    """
+    sites = []
+    for norm, linear in ((block.norm1, own.norm1), (block.norm2, own.norm2)):
+        rows: list[Any] = []
+        if temb is not None:
+            parts = norm.linear(norm.silu(temb)).chunk(6, dim=1)
+            rows += [parts[3:], parts[:3]]
+        if condition_temb is not None:
+            rows += [linear(norm.silu(condition_temb)).chunk(3, dim=1)] * conditions
+        sites.append(stack_modulation(rows))
+    return sites[0], sites[1]
+
+
 class ConditionCache:
     """Keys and values of the condition segments in every block, exact for each step, prompt, seed and guidance branch.
 
@@ -41,6 +65,13 @@ class ConditionCache:
         self.blocks = blocks
         self.frames = frames
         self.grid = grid
+
+    def __repr__(self) -> str:
+        rows, columns = self.grid
+        return (
+            f"ConditionCache({self.conditions} of {rows} x {columns} tokens, batch {self.batch}, {len(self.blocks)} blocks, "
+            f"{self.nbytes / 2**20:.1f} MiB on {self.blocks[0].k.device})"
+        )
 
     @property
     def conditions(self) -> int:
@@ -58,9 +89,16 @@ class ConditionCache:
         return sum(x.numel() * x.element_size() for pair in self.blocks for x in pair)
 
     def to(self, device: torch.device | str) -> ConditionCache:
-        """The cache on another device; on the CPU it costs no GPU memory, and each step copies one block's share at a time."""
-        blocks = [KeyValue(pair.k.to(device), pair.v.to(device)) for pair in self.blocks]
-        return ConditionCache(blocks, self.frames, self.grid)
+        """The cache on another device; on the CPU it costs no GPU memory, and each step copies one block's share at a time.
+
+        Coming from a GPU to the CPU it is pinned, so that these copies do not block.
+        """
+
+        def moved(x: Tensor) -> Tensor:
+            y = x.to(device)
+            return y.pin_memory() if x.is_cuda and not y.is_cuda else y
+
+        return ConditionCache([KeyValue(moved(k), moved(v)) for k, v in self.blocks], self.frames, self.grid)
 
     @classmethod
     def join(cls, caches: Sequence[ConditionCache]) -> ConditionCache:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,6 +50,25 @@ class UnifiedConditionEmbedding(nn.Module):
         if subject_embeds is not None:
             embedding = embedding + self.subject(subject_embeds.to(embedding.dtype))
         return embedding
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What enters the blocks and does not change over the steps of a generation.
+
+    Made by `RealGeneralTransformer3DModel.embed`.
+
+    Args:
+        text: Text tokens, [B, T, d].
+        condition: Condition tokens, [b, K * N, d], sample i of a pass uses sample i % b; None where a cache stands for them.
+        grid: Token grid (rows, columns) of a condition image.
+        conditions: Number K of condition images.
+    """
+
+    text: Tensor
+    condition: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    conditions: int = 0
 
 
 def subject_span_mask(tokenizer: Any, prompts: Sequence[str], subjects: Sequence[str | None], max_length: int) -> Tensor:

@@ -6,10 +6,10 @@ conditions are frames 0..K-1 and the target is frame K, as in a clip whose next 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_sincos_pos_embed
@@ -17,6 +17,20 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from torch import Tensor
 
 from rgkernels import SegmentLayout
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _remembered(function: Callable[P, R]) -> Callable[P, R]:
+    """lru_cache, except under torch.compile, which would trace the function anyway and warn that it ignores the cache."""
+    cached = lru_cache(maxsize=256)(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return function(*args, **kwargs) if torch.compiler.is_compiling() else cached(*args, **kwargs)  # type: ignore[arg-type]
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,7 @@ def condition_names(count: int) -> tuple[str, ...]:
     return ("condition",) if count == 1 else tuple(f"condition_{i}" for i in range(count))
 
 
-@lru_cache(maxsize=256)
+@_remembered
 def joint_layout(preset: Preset, text: int, image: int, conditions: int) -> SegmentLayout:
     """Layout of the joint sequence.
 
@@ -85,7 +99,7 @@ def joint_layout(preset: Preset, text: int, image: int, conditions: int) -> Segm
     return SegmentLayout(("text", "target", *names), (text, *[image] * (1 + conditions)), frozenset(blocked))
 
 
-@lru_cache(maxsize=256)
+@_remembered
 def sublayout(layout: SegmentLayout, names: tuple[str, ...]) -> SegmentLayout:
     """The layout of some segments alone, with the blocked pairs among them."""
     blocked = frozenset(pair for pair in layout.blocked if pair[0] in names and pair[1] in names)
@@ -159,7 +173,7 @@ class Geometry:
 
 
 # the cached tables outlive the mode that a first caller may be in, and training cannot save inference tensors
-@lru_cache(maxsize=64)
+@_remembered
 @torch.inference_mode(False)
 def _rotary(geometry: Geometry, rows: int, columns: int, frames: tuple[int, ...], device: str) -> tuple[Tensor, Tensor]:
     p = geometry.patch_size
@@ -175,7 +189,7 @@ def _rotary(geometry: Geometry, rows: int, columns: int, frames: tuple[int, ...]
     return cos, sin
 
 
-@lru_cache(maxsize=64)
+@_remembered
 @torch.inference_mode(False)
 def _sincos(geometry: Geometry, rows: int, columns: int, frames: tuple[int, ...], device: str, dtype: torch.dtype) -> Tensor:
     table = get_3d_sincos_pos_embed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from realgeneral.adapter import AdapterInfo, load_adapter
+from realgeneral.arguments import Conditions, as_list, check_choices, check_counts, check_prompts, condition_lists
 from realgeneral.condition import ConditionCache
 from realgeneral.embedding import pool_subject, subject_span_mask
 from realgeneral.errors import UsageError
@@ -25,9 +27,6 @@ from realgeneral.transformer import RealGeneralTransformer3DModel
 from realgeneral.vae import decode_latents, encode_images
 
 NANO_ASSETS = Path(__file__).resolve().parent / "nano" / "assets"
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-CALLBACK_INPUTS = ("latents", "prompt_embeds")
-Conditions = Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]]
 
 
 def resolve_base(base: str | os.PathLike[str]) -> str:
@@ -157,10 +156,14 @@ class RealGeneralPipeline(CogVideoXPipeline):
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         height, width = self._size(height, width)
-        negatives = _as_list(negative_prompt, len(prompts))
-        self._check_call(prompts, negatives, condition is not None and condition_cache is not None, task, output_type)
-        self._check_counts(num_inference_steps, num_images_per_prompt, callback_on_step_end_tensor_inputs)
-        conditions = self._condition_lists(condition, len(prompts)) if condition_cache is None else None
+        negatives = as_list(negative_prompt, len(prompts))
+        check_prompts(prompts, negatives)
+        check_choices(output_type, callback_on_step_end_tensor_inputs)
+        check_counts(num_inference_steps, self.scheduler.config.num_train_timesteps, num_images_per_prompt)
+        self._task_ids(task, 1)
+        if condition is not None and condition_cache is not None:
+            raise UsageError("condition and condition_cache must not both be given, got both")
+        conditions = condition_lists(condition, len(prompts)) if condition_cache is None else None
         self._guidance_scale, self._interrupt, self._attention_kwargs = guidance_scale, False, attention_kwargs
         device, guided = self._execution_device, guidance_scale > 1.0
         window = max_sequence_length or self.transformer.config.max_text_seq_length
@@ -169,9 +172,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
         text, negative = self.encode_prompt(prompts, negatives, guided, max_sequence_length=window, device=device)
         text = text.to(self.transformer.dtype)
         subject_embeds = self._subject_embeds(prompts, subject, text, window)
-        inputs = self._condition_inputs(
-            conditions, condition_cache, len(prompts), task, subject_embeds, (height, width), attention_kwargs
-        )
+        inputs, cache = self._condition_inputs(conditions, condition_cache, len(prompts), task, subject_embeds, (height, width))
         images = len(prompts) * num_images_per_prompt
         latents = self._initial_latents(images, height, width, text.dtype, device, generator, latents)
         # samples run prompt-minor, so that tensors of B prompts and of B conditions tile
@@ -183,6 +184,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
             latents[order],
             text,
             inputs,
+            cache,
             num_inference_steps,
             generator if not isinstance(generator, list) else [generator[i] for i in order],
             callback_on_step_end,
@@ -226,7 +228,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
             window = self.transformer.config.max_text_seq_length
             text, _ = self.encode_prompt([prompt], None, False, max_sequence_length=window, device=self._execution_device)
             subject_embeds = self._subject_embeds([prompt], subject, text.to(self.transformer.dtype), window)
-        conditions = self._condition_lists(condition, 1)
+        conditions = condition_lists(condition, 1)
         latents = self._condition_latents(conditions, size)
         return self.transformer.encode_condition(
             latents, self._task_ids(task, 1), subject_embeds, position=position, attention_kwargs=attention_kwargs
@@ -237,6 +239,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
         latents: Tensor,
         text: Tensor,
         inputs: dict[str, Any],
+        cache: ConditionCache | None,
         steps: int,
         generator: Any,
         callback: Callable[..., dict[str, Any]] | None,
@@ -246,21 +249,22 @@ class RealGeneralPipeline(CogVideoXPipeline):
         timesteps, guided, previous = self.scheduler.timesteps, text.shape[0] > latents.shape[0], None
         self._num_timesteps = len(timesteps)
         extra = self.prepare_extra_step_kwargs(generator, 0.0)
-        if inputs.get("condition_latents") is not None:
-            repeats = text.shape[0] // inputs["condition_latents"].shape[0]
-            inputs = {
-                k: v if v is None or not isinstance(v, Tensor) else v.repeat(repeats, *[1] * (v.dim() - 1))
-                for k, v in inputs.items()
-            }
+        embed = partial(self.transformer.embed, **inputs, attention_kwargs=self._attention_kwargs)
+        embedded = embed(text)
         with self.progress_bar(total=steps) as bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
                 model_input = torch.cat([latents] * 2) if guided else latents
-                prediction = self.transformer(model_input, text, t.expand(model_input.shape[0]), return_dict=False, **inputs)[
-                    0
-                ].float()
+                prediction = self.transformer(
+                    model_input,
+                    embedded,
+                    t.expand(model_input.shape[0]),
+                    condition_cache=cache,
+                    attention_kwargs=self._attention_kwargs,
+                    return_dict=False,
+                )[0].float()
                 if guided:
                     unconditional, conditional = prediction.chunk(2)
                     prediction = unconditional + self.guidance_scale * (conditional - unconditional)
@@ -275,7 +279,10 @@ class RealGeneralPipeline(CogVideoXPipeline):
                 if callback is not None:
                     tensors = {"latents": latents, "prompt_embeds": text}
                     changed = callback(self, i, t, {k: tensors[k] for k in callback_inputs})
-                    latents, text = changed.pop("latents", latents), changed.pop("prompt_embeds", text)
+                    latents = changed.pop("latents", latents)
+                    if changed.get("prompt_embeds", text) is not text:
+                        text = changed["prompt_embeds"]
+                        embedded = embed(text)
                 bar.update()
         self._current_timestep = None
         return latents
@@ -288,26 +295,22 @@ class RealGeneralPipeline(CogVideoXPipeline):
         task: str,
         subject_embeds: Tensor | None,
         size: tuple[int, int],
-        attention_kwargs: dict[str, Any] | None,
-    ) -> dict[str, Any]:
-        """Keyword arguments of the transformer: a cache if the preset allows one, the clean latents otherwise."""
+    ) -> tuple[dict[str, Any], ConditionCache | None]:
+        """The condition as `embed`'s arguments, or as a cache if the preset allows one."""
         if cache is not None:
             joined = cache if isinstance(cache, ConditionCache) else ConditionCache.join(cache)
             if joined.batch not in (1, prompts):
                 raise UsageError(f"condition_cache must hold 1 sample or one per prompt ({prompts}), got {joined.batch}")
-            return {"condition_cache": joined, "attention_kwargs": attention_kwargs}
+            return {}, joined
         assert conditions is not None
-        task_ids = self._task_ids(task, len(conditions))
-        latents = self._condition_latents(conditions, size)
-        if get_preset(self.transformer.config.preset).cacheable:
-            cache = self.transformer.encode_condition(latents, task_ids, subject_embeds, attention_kwargs=attention_kwargs)
-            return {"condition_cache": cache, "attention_kwargs": attention_kwargs}
-        return {
-            "condition_latents": latents,
-            "task_ids": task_ids,
+        inputs = {
+            "condition_latents": self._condition_latents(conditions, size),
+            "task_ids": self._task_ids(task, len(conditions)),
             "subject_embeds": subject_embeds,
-            "attention_kwargs": attention_kwargs,
         }
+        if get_preset(self.transformer.config.preset).cacheable:
+            return {}, self.transformer.encode_condition(**inputs, attention_kwargs=self._attention_kwargs)
+        return inputs, None
 
     def _condition_latents(self, conditions: list[list[Image.Image]], size: tuple[int, int]) -> Tensor:
         """[B, K, C, h, w]; each image is encoded by itself."""
@@ -369,29 +372,6 @@ class RealGeneralPipeline(CogVideoXPipeline):
                     raise UsageError(f"{name} must be at most {limit * factor}, got {value}")
         return height, width
 
-    def _check_call(
-        self, prompts: list[str], negatives: list[str] | None, both_conditions: bool, task: str, output_type: str
-    ) -> None:
-        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise UsageError(f"prompt must be a string or a list of strings, got {prompts!r}")
-        if negatives is not None and len(negatives) != len(prompts):
-            raise UsageError(f"negative_prompt must be one for all or one per prompt ({len(prompts)}), got {len(negatives)}")
-        if both_conditions:
-            raise UsageError("condition and condition_cache must not both be given, got both")
-        if output_type not in OUTPUT_TYPES:
-            raise UsageError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
-        self._task_ids(task, 1)
-
-    def _check_counts(self, steps: int, images: int, callback_inputs: Sequence[str]) -> None:
-        if not 1 <= steps <= self.scheduler.config.num_train_timesteps:
-            raise UsageError(
-                f"num_inference_steps must be between 1 and {self.scheduler.config.num_train_timesteps}, got {steps}"
-            )
-        if images < 1:
-            raise UsageError(f"num_images_per_prompt must be at least 1, got {images}")
-        if not set(callback_inputs) <= set(CALLBACK_INPUTS):
-            raise UsageError(f"callback_on_step_end_tensor_inputs must be among {CALLBACK_INPUTS}, got {list(callback_inputs)}")
-
     def _task_ids(self, task: str, batch: int) -> Tensor:
         try:
             ids: Tensor = self.transformer.task_ids([task] * batch)
@@ -404,27 +384,3 @@ class RealGeneralPipeline(CogVideoXPipeline):
             length = len(self.tokenizer(prompt).input_ids)
             if length > window:
                 raise UsageError(f"prompt must have at most {window} tokens, got {length}: {prompt[:60]!r}")
-
-    def _condition_lists(self, condition: Conditions | None, batch: int) -> list[list[Image.Image]]:
-        if condition is None:
-            raise UsageError("condition must be an image or a list of images, got None")
-        if isinstance(condition, Image.Image):
-            condition = [condition]
-        if not isinstance(condition, (list, tuple)):
-            raise UsageError(f"condition must be an image or a list of images, got {type(condition).__name__}")
-        rows: list[Any] = (
-            [list(condition)] if batch == 1 and isinstance(next(iter(condition), None), Image.Image) else list(condition)
-        )
-        lists = [list(row) if isinstance(row, (list, tuple)) else [row] for row in rows]
-        for image in (image for row in lists for image in row):
-            if not isinstance(image, Image.Image):
-                raise UsageError(f"condition must be an image or a list of images, got a list with {type(image).__name__}")
-        if len(lists) != batch:
-            raise UsageError(f"condition must have one entry per prompt ({batch}), got {len(lists)}")
-        if len({len(row) for row in lists}) != 1 or not lists[0]:
-            raise UsageError(f"condition must have the same number of images for each prompt, got {[len(r) for r in lists]}")
-        return lists
-
-
-def _as_list(value: str | Sequence[str] | None, count: int) -> list[str] | None:
-    return value if value is None else [value] * count if isinstance(value, str) else list(value)

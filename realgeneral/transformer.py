@@ -7,7 +7,7 @@ branch, attend under the preset's visibility, predict on the target tokens.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial, wraps
 from typing import Any
 
@@ -22,23 +22,20 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from realgeneral.condition import ConditionAdaLN, ConditionCache
-from realgeneral.embedding import UnifiedConditionEmbedding
+from realgeneral.condition import ConditionAdaLN, ConditionCache, Site, norm_sites
+from realgeneral.embedding import Embedded, UnifiedConditionEmbedding
 from realgeneral.layout import Geometry, condition_names, get_preset, joint_layout, sublayout
+from realgeneral.patches import check_base, check_conditions, check_target, image_tokens, unpatchify
 from realgeneral.tasks import DEFAULT_TASKS
 from rgkernels.cogvideox import (
     KeyValue,
-    Modulation,
     Rotary,
     block_forward,
     finish,
     norm_site,
     project_qkv,
-    stack_modulation,
 )
 from rgkernels.segments import SegmentLayout
-
-Site = tuple[Modulation, Modulation]
 
 
 class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
@@ -68,7 +65,7 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
         # the decorator takes **base for an argument of that name, which no config file can hold
         self._internal_dict = FrozenDict({k: v for k, v in self.config.items() if k != "base"})
         get_preset(preset)
-        _check_base(self.config)
+        check_base(self.config)
         self.geometry = Geometry.of(self.config)
         self.condition_embedding = UnifiedConditionEmbedding(len(tasks), self.geometry.dim, self.config.text_embed_dim)
         self.condition_adaln = nn.ModuleList(
@@ -132,8 +129,7 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
     def reset_condition_branch(self) -> None:
         """Zero the condition embedding and copy the video modulation into the condition branch."""
         self.condition_embedding.reset_parameters()
-        for own, block in zip(self.condition_adaln, self.transformer_blocks, strict=True):
-            assert isinstance(own, ConditionAdaLN)
+        for block, own in self._blocks():
             own.copy_from(block)
 
     def configure_condition(self, tasks: Sequence[str], preset: str) -> None:
@@ -160,7 +156,7 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
     def forward(
         self,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Tensor | Embedded,
         timestep: Tensor,
         timestep_cond: Tensor | None = None,
         ofs: Tensor | None = None,
@@ -177,7 +173,7 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
 
         Args:
             hidden_states: Noisy target latents, [B, F, C, h, w]; F = `geometry.frames_per_image` (1, or 2 for CogVideoX 1.5).
-            encoder_hidden_states: Text features, [B, T, text_embed_dim].
+            encoder_hidden_states: Text features, [B, T, text_embed_dim], or what `embed` made of them.
             timestep: Target timestep, [B].
             timestep_cond: As in the stock model.
             ofs: Stock model only.
@@ -187,30 +183,29 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
             condition_latents: Clean latents of K condition images, [B, K, C, h, w]; one latent frame each in every geometry.
             task_ids: Task of each sample, [B]; needed with `condition_latents`.
             subject_embeds: Pooled text features of each prompt's subject, [B, text_embed_dim], or None.
-            condition_cache: Instead of `condition_latents`, what `encode_condition` returned.
+            condition_cache: What `encode_condition` returned. The condition comes in one way: as this, as
+                `condition_latents`, or within `embed`'s result.
 
         Returns:
             Prediction for the target, [B, F, C, h, w].
 
         Raises:
-            ValueError: Shapes disagree, or neither or both of condition_latents and condition_cache fit.
+            ValueError: Shapes disagree, or the condition is given more than once.
         """
-        if condition_latents is None and condition_cache is None:
+        text = encoder_hidden_states
+        embedded = text.condition if isinstance(text, Embedded) else None
+        given = [x is not None for x in (condition_latents, embedded, condition_cache)]
+        if not any(given) and not isinstance(text, Embedded):
             return super().forward(  # type: ignore[no-any-return]
-                hidden_states,
-                encoder_hidden_states,
-                timestep,
-                timestep_cond,
-                ofs,
-                image_rotary_emb,
-                attention_kwargs,
-                return_dict,
+                hidden_states, text, timestep, timestep_cond, ofs, image_rotary_emb, attention_kwargs, return_dict
             )
-        if condition_latents is not None and condition_cache is not None:
-            raise ValueError("condition_latents and condition_cache must not both be given, got both")
-        output = self._denoise(
+        if sum(given) != 1:
+            raise ValueError(
+                f"exactly one of condition_latents, embedded condition, condition_cache must be given, got {sum(given)}"
+            )
+        output = self._predict(
             hidden_states,
-            encoder_hidden_states,
+            text,
             timestep,
             timestep_cond,
             condition_latents,
@@ -259,26 +254,61 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
         cached: list[KeyValue] = []
         residual, branch, gate = tokens, None, None
         last = len(self.transformer_blocks) - 1
-        for i, block in enumerate(self.transformer_blocks):
-            norm1, norm2 = self._condition_site(i, temb, conditions)
+        for i, (block, own) in enumerate(self._blocks()):
+            norm1, norm2 = norm_sites(block, own, None, temb, conditions)
             if i == last:
                 # nothing after the last block's keys and values is used
                 _, normed = norm_site(block.norm1.norm, residual, branch, gate, norm1, rows, self.impl)
                 _, k, v = project_qkv(block.attn1, normed, rotary, self.impl)
                 cached.append(KeyValue(k, v))
                 break
-            residual, branch, own = block_forward(
+            residual, branch, keys = block_forward(
                 block, residual, branch, gate, norm1, norm2, rows, rows, rotary, impl=self.impl
             )
             gate = norm2.gate
-            cached.append(own)
+            cached.append(keys)
         return ConditionCache(cached, frames, self.geometry.grid(height, width))
 
+    @apply_forward_hook
     @apply_lora_scale("attention_kwargs")
-    def _denoise(
+    def embed(
+        self,
+        encoder_hidden_states: Tensor,
+        condition_latents: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        subject_embeds: Tensor | None = None,
+        *,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Embedded:
+        """Text and condition tokens as they enter the blocks: the same in every step, so a sampler computes them once.
+
+        Args:
+            encoder_hidden_states: Text features, [B, T, text_embed_dim].
+            condition_latents: [b, K, C, h, w], b a divisor of B; None with a condition cache.
+            task_ids: [b]; needed with `condition_latents`.
+            subject_embeds: [b, text_embed_dim] or None.
+            attention_kwargs: {"scale": LoRA scale}; must equal that of the steps.
+        """
+        return self._embed(encoder_hidden_states, condition_latents, task_ids, subject_embeds)
+
+    def _embed(
+        self, text: Tensor, condition_latents: Tensor | None, task_ids: Tensor | None, subject_embeds: Tensor | None
+    ) -> Embedded:
+        text_tokens = self.patch_embed.text_proj(text)
+        if condition_latents is None:
+            return Embedded(text_tokens)
+        if task_ids is None:
+            raise ValueError("task_ids must be given with condition_latents, got None")
+        conditions = condition_latents.shape[1]
+        tokens = self._condition_tokens(condition_latents, task_ids, subject_embeds, tuple(range(conditions)))
+        grid = self.geometry.grid(condition_latents.shape[-2], condition_latents.shape[-1])
+        return Embedded(text_tokens, tokens, grid, conditions)
+
+    @apply_lora_scale("attention_kwargs")
+    def _predict(
         self,
         latents: Tensor,
-        text: Tensor,
+        text: Tensor | Embedded,
         timestep: Tensor,
         timestep_cond: Tensor | None,
         condition_latents: Tensor | None,
@@ -288,34 +318,52 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
         *,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Tensor:
+        check_target(latents, self.geometry, self.config.in_channels)
+        if condition_latents is not None:
+            check_conditions(condition_latents, latents.shape)
+        if not isinstance(text, Embedded):
+            text = self._embed(text, condition_latents, task_ids, subject_embeds)
+        conditions = self._check_joint(latents, text, cache)
+        return self._denoise(latents, text, timestep, timestep_cond, cache, conditions)
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        embedded: Embedded,
+        timestep: Tensor,
+        timestep_cond: Tensor | None,
+        cache: ConditionCache | None,
+        conditions: int,
+    ) -> Tensor:
         preset = get_preset(self.config.preset)
-        conditions = self._check_inputs(latents, text, condition_latents, task_ids, cache)
         height, width = latents.shape[-2:]
 
         temb = self._time_embedding(timestep, latents.dtype, timestep_cond)
-        text_tokens = self.patch_embed.text_proj(text)
-        target_tokens = self._image_tokens(latents, (conditions,))
-        joint = joint_layout(preset, text.shape[1], target_tokens.shape[1], conditions)
+        target = image_tokens(self.patch_embed, self.geometry, latents, (conditions,))
+        joint = joint_layout(preset, embedded.text.shape[1], target.shape[1], conditions)
+        tokens, frames = [embedded.text, target], (conditions,)
+        condition_temb = None
         if cache is None:
-            assert condition_latents is not None and task_ids is not None
-            earlier = tuple(range(conditions))
-            tokens = [text_tokens, target_tokens, self._condition_tokens(condition_latents, task_ids, subject_embeds, earlier)]
-            rows, frames = joint, (conditions, *earlier)
+            assert embedded.condition is not None
+            copies = latents.shape[0] // embedded.condition.shape[0]
+            tokens.append(embedded.condition.repeat(copies, 1, 1))
+            rows, frames = joint, (conditions, *range(conditions))
             condition_temb = (
                 self._time_embedding(torch.zeros_like(timestep), latents.dtype) if preset.condition_time_zero else temb
             )
         else:
-            tokens, rows, frames = [text_tokens, target_tokens], sublayout(joint, ("text", "target")), (conditions,)
-            condition_temb = None
+            rows = sublayout(joint, ("text", "target"))
         residual = self.embedding_dropout(torch.cat(tokens, dim=1))
-        rotary = self._rotary(height, width, frames, residual.device, start=text.shape[1])
-        sites = [self._sites(i, temb, condition_temb, conditions) for i in range(len(self.transformer_blocks))]
+        rotary = self._rotary(height, width, frames, residual.device, start=embedded.text.shape[1])
+        sites = [norm_sites(block, own, temb, condition_temb, conditions) for block, own in self._blocks()]
 
         residual, branch, gate = self._run_blocks(residual, sites, rows, joint, rotary, cache)
-        target = SegmentLayout(("target",), (target_tokens.shape[1],))
-        residual = finish(residual, branch, gate, target, self.impl)
+        residual = finish(residual, branch, gate, SegmentLayout(("target",), (target.shape[1],)), self.impl)
         output = self.proj_out(self.norm_out(self.norm_final(residual), temb=temb))
-        return self._unpatchify(output, latents.shape)
+        return unpatchify(self.geometry, output, latents.shape)
+
+    def _blocks(self) -> Iterator[tuple[Any, ConditionAdaLN]]:
+        return zip(self.transformer_blocks, self.condition_adaln, strict=True)  # type: ignore[arg-type]
 
     def _run_blocks(
         self,
@@ -350,98 +398,33 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
         embedded: Tensor = self.time_embedding(self.time_proj(timestep).to(dtype), timestep_cond)
         return embedded
 
-    def _image_tokens(self, latents: Tensor, frames: tuple[int, ...]) -> Tensor:
-        """Patch embedding with positions: [B, F, C, h, w] -> [B, len(frames) * N, d]; one frame index per image."""
-        embed, (batch, _, _, height, width) = self.patch_embed, latents.shape
-        p, p_t = self.geometry.patch_size, self.geometry.patch_size_t
-        if p_t is None:
-            tokens = embed.proj(latents.flatten(0, 1)).flatten(2).transpose(1, 2)
-        else:
-            # (F, p_t), (h, p), (w, p) patches; features in the order (C, p_t, p, p), as diffusers' CogVideoXPatchEmbed
-            patches = latents.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(1, (-1, p_t))
-            tokens = embed.proj(patches.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4))
-        tokens = tokens.reshape(batch, -1, self.geometry.dim)
-        positions = self.geometry.sincos_table(height, width, frames, tokens.device, tokens.dtype)
-        return tokens if positions is None else tokens + positions
-
     def _condition_tokens(
         self, latents: Tensor, task_ids: Tensor, subject_embeds: Tensor | None, frames: tuple[int, ...]
     ) -> Tensor:
         """Unified Condition Embedding: [B, K, C, h, w] -> [B, K * N, d] at the given frame indices."""
-        tokens = self._image_tokens(latents.repeat_interleave(self.geometry.frames_per_image, dim=1), frames)
+        copies = latents.repeat_interleave(self.geometry.frames_per_image, dim=1)
+        tokens = image_tokens(self.patch_embed, self.geometry, copies, frames)
         return tokens + self.condition_embedding(task_ids, subject_embeds)[:, None].to(tokens.dtype)
 
     def _rotary(self, height: int, width: int, frames: tuple[int, ...], device: torch.device, start: int) -> Rotary:
         cos, sin = self.geometry.rotary_tables(height, width, frames, device)
         return Rotary(cos, sin, start)
 
-    def _sites(self, index: int, temb: Tensor, condition_temb: Tensor | None, conditions: int) -> Site:
-        """Both norm sites of a block: text rows 3d:6d and target rows 0:3d of the stock linear, the condition's own branch."""
-        block: Any = self.transformer_blocks[index]
-        own: Any = self.condition_adaln[index]
-        sites = []
-        for norm, linear in ((block.norm1, own.norm1), (block.norm2, own.norm2)):
-            parts = norm.linear(norm.silu(temb)).chunk(6, dim=1)
-            rows = [parts[3:], parts[:3]]
-            if condition_temb is not None:
-                rows += [linear(norm.silu(condition_temb)).chunk(3, dim=1)] * conditions
-            sites.append(stack_modulation(rows))
-        return sites[0], sites[1]
-
-    def _condition_site(self, index: int, temb: Tensor, conditions: int) -> Site:
-        block: Any = self.transformer_blocks[index]
-        own: Any = self.condition_adaln[index]
-        return (
-            stack_modulation([own.norm1(block.norm1.silu(temb)).chunk(3, dim=1)] * conditions),
-            stack_modulation([own.norm2(block.norm2.silu(temb)).chunk(3, dim=1)] * conditions),
-        )
-
-    def _unpatchify(self, tokens: Tensor, shape: torch.Size) -> Tensor:
-        """[B, N, features] -> [B, F, C, h, w]."""
-        rows, columns = self.geometry.grid(shape[-2], shape[-1])
-        p, p_t = self.geometry.patch_size, self.geometry.frames_per_image
-        patches = tokens.reshape(shape[0], -1, rows, columns, shape[2], p_t, p, p)
-        return patches.permute(0, 1, 5, 4, 2, 6, 3, 7).reshape(shape)
-
-    def _check_inputs(
-        self,
-        latents: Tensor,
-        text: Tensor,
-        condition_latents: Tensor | None,
-        task_ids: Tensor | None,
-        cache: ConditionCache | None,
-    ) -> int:
-        frames = self.geometry.frames_per_image
-        if latents.dim() != 5 or latents.shape[1] != frames or latents.shape[2] != self.config.in_channels:
-            expected = f"[B, {frames}, {self.config.in_channels}, h, w]"
-            raise ValueError(f"hidden_states must have shape {expected}, got {list(latents.shape)}")
-        grid = self.geometry.grid(latents.shape[-2], latents.shape[-1])
-        if text.shape[0] != latents.shape[0]:
-            raise ValueError(f"encoder_hidden_states must have batch {latents.shape[0]}, got {text.shape[0]}")
-        if cache is not None:
+    def _check_joint(self, latents: Tensor, embedded: Embedded, cache: ConditionCache | None) -> int:
+        """Number of condition images; ValueError if target, embedded inputs and cache do not fit each other."""
+        grid, batch = check_target(latents, self.geometry, self.config.in_channels), latents.shape[0]
+        if embedded.text.shape[0] != batch:
+            raise ValueError(f"encoder_hidden_states must have batch {batch}, got {embedded.text.shape[0]}")
+        if cache is None:
+            name, given = "condition_latents", embedded.condition
+            assert given is not None
+            shared, got, count = given.shape[0], embedded.grid, embedded.conditions
+        else:
             if not get_preset(self.config.preset).cacheable:
                 raise ValueError(f"condition_cache needs preset 'cached', got {self.config.preset!r}")
-            if cache.grid != grid:
-                raise ValueError(f"condition_cache must be of a {grid} token grid, got {cache.grid}")
-            if latents.shape[0] % cache.batch:
-                raise ValueError(f"condition_cache must have batch 1 or a divisor of {latents.shape[0]}, got {cache.batch}")
-            return cache.conditions
-        assert condition_latents is not None
-        wanted = (latents.shape[0], *latents.shape[2:])
-        got = (condition_latents.shape[0], *condition_latents.shape[2:])
-        if condition_latents.dim() != 5 or got != wanted or not condition_latents.shape[1]:
-            batch, *rest = wanted
-            expected = f"[B, K, C, h, w] = [{batch}, K >= 1, {', '.join(map(str, rest))}]"
-            raise ValueError(f"condition_latents must have shape {expected}, got {list(condition_latents.shape)}")
-        if task_ids is None:
-            raise ValueError("task_ids must be given with condition_latents, got None")
-        return int(condition_latents.shape[1])
-
-
-def _check_base(config: Any) -> None:
-    if config.in_channels != config.out_channels or config.ofs_embed_dim or config.use_learned_positional_embeddings:
-        raise ValueError(
-            "the base must be a text-to-video CogVideoX (in_channels = out_channels, no ofs_embed_dim, no learned positions), "
-            f"got in_channels {config.in_channels}, out_channels {config.out_channels}, ofs_embed_dim {config.ofs_embed_dim}, "
-            f"use_learned_positional_embeddings {config.use_learned_positional_embeddings}"
-        )
+            name, shared, got, count = "condition_cache", cache.batch, cache.grid, cache.conditions
+        if got != grid:
+            raise ValueError(f"{name} must be of a {grid} token grid, got {got}")
+        if batch % shared:
+            raise ValueError(f"{name} must have batch 1 or a divisor of {batch}, got {shared}")
+        return count

@@ -204,6 +204,38 @@ def test_callback_sees_and_changes_latents(pipe: RealGeneralPipeline, photo: Ima
     assert torch.equal(latents, replaced)
 
 
+@pytest.mark.parametrize("preset", ["paper", "cached"])
+def test_nothing_is_embedded_twice(base: Path, open_pipeline: OpenPipeline, photo: Image.Image, preset: str) -> None:
+    """Text and condition are embedded once per call, the condition once for both guidance branches and all images."""
+    pipe = alive(open_pipeline(base), preset)
+    text, patches = [], []
+    pipe.transformer.patch_embed.text_proj.register_forward_hook(lambda m, args, out: text.append(args[0].shape[0]))
+    pipe.transformer.patch_embed.proj.register_forward_hook(lambda m, args, out: patches.append(args[0].shape[0]))
+    call(pipe, "a red pot", photo, generator=seeded(0, 1), num_images_per_prompt=2, num_inference_steps=3, guidance_scale=3.0)
+    assert text == [4]
+    assert patches == [1, 4, 4, 4]
+
+
+def test_a_callback_may_change_the_prompt(pipe: RealGeneralPipeline, photo: Image.Image) -> None:
+    """Text features that a callback returns are used from the next step on."""
+    alive(pipe, "paper")
+    text = {"a": "a red pot", "b": "a blue cup"}
+    window = pipe.transformer.config.max_text_seq_length
+    encoded = {k: pipe.encode_prompt([v], None, False, max_sequence_length=window)[0] for k, v in text.items()}
+
+    def callback(p: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt_embeds": encoded["b"]} if step == 0 else {}
+
+    kwargs = {"generator": seeded(0), "guidance_scale": 1.0, "num_inference_steps": 3}
+    changed = call(
+        pipe, text["a"], photo, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=("prompt_embeds",), **kwargs
+    )
+    kwargs["generator"] = seeded(0)
+    assert not torch.equal(changed, call(pipe, text["a"], photo, **kwargs))
+    kwargs["generator"] = seeded(0)
+    assert not torch.equal(changed, call(pipe, text["b"], photo, **kwargs))
+
+
 def test_interrupt(pipe: RealGeneralPipeline, photo: Image.Image) -> None:
     """Setting _interrupt stops after that step, and the next call runs in full again."""
     steps: list[int] = []
@@ -331,8 +363,8 @@ def test_model_cpu_offload(
     assert_same(got, wanted)
     order = [name for i, name in enumerate(log) if i == 0 or log[i - 1] != name]
     assert order == ["text_encoder", "vae", "transformer", "vae"]
-    # one call for the condition in `cached`, one per step
-    assert log.count("transformer") == (3 if preset == "cached" else 2)
+    # one call for the condition in `cached`, one for what does not change, one per step
+    assert log.count("transformer") == (4 if preset == "cached" else 3)
 
 
 def test_layer_wise_offload_is_refused(pipe: RealGeneralPipeline) -> None:

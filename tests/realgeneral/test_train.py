@@ -27,6 +27,8 @@ from realgeneral.diffusion import v_loss
 from realgeneral.errors import Failure, UsageError
 from realgeneral.train import learning_rate_factor, task_specs, train
 
+# rounding of some thousand float32 operations
+ROUNDING32 = 2e3 * torch.finfo(torch.float32).eps
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
@@ -563,6 +565,23 @@ def test_output_that_cannot_be_a_folder(config: Callable[..., TrainConfig], tmp_
     (tmp_path / "run").write_text("x")
     with pytest.raises(Failure, match=r"output must be a folder that can be written, got .*run"):
         train(config())
+
+
+@pytest.mark.parametrize("preset", ["paper", "cached"])
+def test_fused_kernels_follow_the_reference_step_by_step(config: Callable[..., TrainConfig], preset: str) -> None:
+    """With kernels (here in the interpreter) each step's loss is the reference run's to float32 rounding."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("CPU kernels need TRITON_INTERPRET=1")
+    settings: dict[str, Any] = {"steps": 4, "batch_size": 1, "warmup_steps": 0, "preset": preset, "lr_schedule": "constant"}
+    runs = [
+        losses(Path(train(config(name, fused_kernels=name == "fused", **settings))["log"]).parent)
+        for name in ("reference", "fused")
+    ]
+    unlike = losses(Path(train(config("other", **(settings | {"learning_rate": 9e-3})))["log"]).parent)
+    bound = ROUNDING32 * max(runs[0])
+    assert all(abs(a - b) <= bound for a, b in zip(*runs, strict=True)), (runs, bound)
+    # the test can fail: updates that are a tenth smaller are seen
+    assert max(abs(a - b) for a, b in zip(runs[0], unlike, strict=True)) > 3 * bound
 
 
 def test_fused_kernels_without_a_gpu(config: Callable[..., TrainConfig]) -> None:

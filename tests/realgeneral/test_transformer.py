@@ -483,7 +483,7 @@ def test_cache_is_refused_where_it_would_be_wrong(bases: dict[str, Path]) -> Non
             run(paper, x, **none, condition_cache=cache)
         with pytest.raises(ValueError, match=r"of a \(4, 6\) token grid, got \(2, 3\)"):
             run(cached, make_inputs(cached, (8, 12)), **none, condition_cache=cache)
-        with pytest.raises(ValueError, match="must not both be given"):
+        with pytest.raises(ValueError, match="condition_cache must be given, got 2"):
             run(cached, x, condition_cache=cache)
 
 
@@ -495,6 +495,85 @@ def test_cache_batch_must_divide(bases: dict[str, Path]) -> None:
         cache = model.encode_condition(x.conditions[:2], x.task_ids[:2])
         with pytest.raises(ValueError, match="condition_cache must have batch"):
             run(model, x, condition_latents=None, task_ids=None, subject_embeds=None, condition_cache=cache)
+
+
+def test_cache_tells_its_size(bases: dict[str, Path]) -> None:
+    """`repr` names count, grid, batch, blocks, memory and device."""
+    model = trained_model(bases["5b"], "cached")
+    x = make_inputs(model, (4, 6), 2)
+    with torch.no_grad():
+        cache = model.encode_condition(x.conditions, x.task_ids)
+    size = cache.nbytes / 2**20
+    blocks = len(model.transformer_blocks)
+    assert repr(cache) == f"ConditionCache(2 of 2 x 3 tokens, batch 2, {blocks} blocks, {size:.1f} MiB on cpu)"
+
+
+# --- embedded inputs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["paper", "open"])
+@pytest.mark.parametrize("conditions", [1, 2])
+def test_embedded_inputs_give_the_same_bits(base: Path, preset: str, conditions: int) -> None:
+    """`embed` once and step many times is the direct call; a condition of batch 1 serves every sample."""
+    model = trained_model(base, preset)
+    x = make_inputs(model, (4, 6), conditions)
+    with torch.no_grad():
+        embedded = model.embed(x.text, x.conditions, x.task_ids, x.subject)
+        none = {"condition_latents": None, "task_ids": None, "subject_embeds": None}
+        assert torch.equal(run(model, x, encoder_hidden_states=embedded, **none), run(model, x))
+
+        shared = model.embed(x.text, x.conditions[:1], x.task_ids[:1], x.subject[:1])
+        x.conditions, x.task_ids, x.subject = (t[:1].expand(2, *t.shape[1:]) for t in (x.conditions, x.task_ids, x.subject))
+        assert_equal_to_rounding(run(model, x, encoder_hidden_states=shared, **none), run(model, x))
+
+
+def test_embedded_inputs_are_checked(bases: dict[str, Path]) -> None:
+    """A condition given twice or not at all, or of another batch or size, is named."""
+    model = trained_model(bases["5b"], "cached")
+    x = make_inputs(model, (4, 6), batch=3)
+    none = {"condition_latents": None, "task_ids": None, "subject_embeds": None}
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="embedded condition, condition_cache must be given, got 2"):
+            run(model, x, encoder_hidden_states=model.embed(x.text, x.conditions, x.task_ids))
+        with pytest.raises(ValueError, match="must be given, got 0"):
+            run(model, x, encoder_hidden_states=model.embed(x.text), **none)
+        with pytest.raises(ValueError, match="task_ids must be given with condition_latents, got None"):
+            model.embed(x.text, x.conditions)
+        two = model.embed(x.text, x.conditions[:2], x.task_ids[:2])
+        with pytest.raises(ValueError, match="condition_latents must have batch 1 or a divisor of 3, got 2"):
+            run(model, x, encoder_hidden_states=two, **none)
+        other = model.embed(x.text, make_inputs(model, (8, 12), batch=3).conditions, x.task_ids)
+        with pytest.raises(ValueError, match=r"condition_latents must be of a \(2, 3\) token grid, got \(4, 6\)"):
+            run(model, x, encoder_hidden_states=other, **none)
+
+
+# --- torch.compile -------------------------------------------------------------------------------------------------------
+
+
+# PyTorch's own compiler instantiates autograd functions while tracing them, which PyTorch deprecates
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("way", ["latents", "embedded", "cache"])
+def test_compiles_to_one_graph(base: Path, way: str) -> None:
+    """fullgraph, with the condition given in each way: eager's output to rounding, and gradients in training."""
+    model = trained_model(base, "cached")
+    x = make_inputs(model, (4, 6))
+    inputs = {"hidden_states": x.target, "encoder_hidden_states": x.text, "timestep": x.timestep, "return_dict": False}
+    if way == "latents":
+        inputs |= {"condition_latents": x.conditions, "task_ids": x.task_ids, "subject_embeds": x.subject}
+    with torch.no_grad():
+        if way == "embedded":
+            inputs["encoder_hidden_states"] = model.embed(x.text, x.conditions, x.task_ids, x.subject)
+        elif way == "cache":
+            inputs["condition_cache"] = model.encode_condition(x.conditions, x.task_ids, x.subject)
+    torch._dynamo.reset()  # graphs of other models count towards the limit of recompilations
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    trained = [p for n, p in model.named_parameters() if "lora_" in n]
+    found = []
+    for run_ in (model, compiled):
+        output = run_(**inputs)[0]
+        found.append((output, *torch.autograd.grad(output.square().sum(), trained, retain_graph=True)))
+    for actual, wanted in zip(found[1], found[0], strict=True):
+        assert_equal_to_rounding(actual, wanted)
 
 
 # --- training ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,64 @@
+"""What a call of the pipeline may be given: checks that name the argument, what it must be, and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from realgeneral.errors import UsageError
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CALLBACK_INPUTS = ("latents", "prompt_embeds")
+Conditions = Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]]
+
+
+def as_list(value: str | Sequence[str] | None, count: int) -> list[str] | None:
+    """One for all, or one for each."""
+    return value if value is None else [value] * count if isinstance(value, str) else list(value)
+
+
+def check_prompts(prompts: list[str], negatives: list[str] | None) -> None:
+    """At least one prompt, all strings, and a negative prompt for each if there are any."""
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise UsageError(f"prompt must be a string or a list of strings, got {prompts!r}")
+    if negatives is not None and len(negatives) != len(prompts):
+        raise UsageError(f"negative_prompt must be one for all or one per prompt ({len(prompts)}), got {len(negatives)}")
+
+
+def check_choices(output_type: str, callback_inputs: Sequence[str]) -> None:
+    """Known output type and callback tensors."""
+    if output_type not in OUTPUT_TYPES:
+        raise UsageError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+    if not set(callback_inputs) <= set(CALLBACK_INPUTS):
+        raise UsageError(f"callback_on_step_end_tensor_inputs must be among {CALLBACK_INPUTS}, got {list(callback_inputs)}")
+
+
+def check_counts(steps: int, most_steps: int, images: int) -> None:
+    """Steps that the schedule has, and at least one image."""
+    if not 1 <= steps <= most_steps:
+        raise UsageError(f"num_inference_steps must be between 1 and {most_steps}, got {steps}")
+    if images < 1:
+        raise UsageError(f"num_images_per_prompt must be at least 1, got {images}")
+
+
+def condition_lists(condition: Conditions | None, batch: int) -> list[list[Image.Image]]:
+    """The condition images of each prompt: for one prompt an image or a list of K, for B prompts a list of B such entries."""
+    if condition is None:
+        raise UsageError("condition must be an image or a list of images, got None")
+    if isinstance(condition, Image.Image):
+        condition = [condition]
+    if not isinstance(condition, (list, tuple)):
+        raise UsageError(f"condition must be an image or a list of images, got {type(condition).__name__}")
+    single = batch == 1 and isinstance(next(iter(condition), None), Image.Image)
+    rows: list[Any] = [list(condition)] if single else list(condition)
+    lists = [list(row) if isinstance(row, (list, tuple)) else [row] for row in rows]
+    for image in (image for row in lists for image in row):
+        if not isinstance(image, Image.Image):
+            raise UsageError(f"condition must be an image or a list of images, got a list with {type(image).__name__}")
+    if len(lists) != batch:
+        raise UsageError(f"condition must have one entry per prompt ({batch}), got {len(lists)}")
+    if len({len(row) for row in lists}) != 1 or not lists[0]:
+        raise UsageError(f"condition must have the same number of images for each prompt, got {[len(r) for r in lists]}")
+    return lists
