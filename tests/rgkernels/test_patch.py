@@ -138,6 +138,20 @@ def test_keys_identity_and_unpatch(model: CogVideoXTransformer3DModel) -> None:
     assert torch.equal(before, after)
 
 
+# PyTorch's own compiler instantiates autograd functions while tracing them, which PyTorch deprecates
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_patched_model_compiles_to_one_graph(model: CogVideoXTransformer3DModel) -> None:
+    """fullgraph, on the reference: the patched model's own output to rounding."""
+    inputs = clip_inputs(model)
+    rgkernels.patch(model, impl="reference")
+    torch._dynamo.reset()  # graphs of other models count towards the limit of recompilations
+    with torch.no_grad():
+        wanted = run(model, inputs)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        actual = compiled(**inputs)[0]
+    assert (actual - wanted).abs().max() <= 1e2 * torch.finfo(torch.float32).eps * wanted.abs().max()
+
+
 def test_pipeline(tmp_path: object) -> None:
     """A whole pipeline is patched through its transformer and generates the same clip."""
     pipe = CogVideoXPipeline.from_pretrained(save_checkpoint(tmp_path, "5b"), dtype=torch.float32)
