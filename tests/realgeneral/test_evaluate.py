@@ -18,7 +18,7 @@ from realgeneral.adapter import adapter_info, save_adapter
 from realgeneral.config import DemoConfig, EvaluateConfig
 from realgeneral.demo import demo
 from realgeneral.errors import UsageError
-from realgeneral.evaluate import evaluate, generate_all, held_out, interval
+from realgeneral.evaluate import evaluate, generate_all, interval, nano_pairs
 from realgeneral.tasks import get_task
 
 SPECS = ("canny", "colouring")
@@ -43,7 +43,7 @@ def _captions_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("realgeneral.nano.pairs.caption", lambda concept, style: "a red pot")
     monkeypatch.setattr(RealGeneralPipeline, "_subject_embeds", lambda *_: None)
     monkeypatch.setattr("realgeneral.data.subject_span_mask", lambda *_: None)
-    monkeypatch.setattr("realgeneral.train.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
+    monkeypatch.setattr("realgeneral.objective.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
 
 
 def test_interval() -> None:
@@ -57,7 +57,7 @@ def test_interval() -> None:
 def test_noise_belongs_to_the_sample(assets: Path, open_pipeline: Callable[..., RealGeneralPipeline]) -> None:
     """The table does not depend on the batch size."""
     pipe = open_pipeline(assets / "base", adapter=assets / "adapter")
-    pairs = held_out("colouring", 3, (64, 64), 0)
+    pairs = nano_pairs("colouring", 3, (64, 64), 0)
     results = [generate_all(pipe, pairs, EvaluateConfig(batch_size=size, steps=2)) for size in (1, 2)]
     assert results[0].shape == pairs.truth.shape == (3, 3, 64, 64)
     assert (results[0] - results[1]).abs().max() < 1e-3
