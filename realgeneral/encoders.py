@@ -51,8 +51,9 @@ class ClipEncoder:
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Unit-norm text features, [B, D]; words past the text window of the model are cut off."""
-        inputs = self.processor(text=list(prompts), return_tensors="pt", padding=True, truncation=True).to(self.device)
-        return _unit(self.model.get_text_features(**inputs))
+        window = self.model.config.text_config.max_position_embeddings
+        inputs = self.processor(text=list(prompts), return_tensors="pt", padding=True, truncation=True, max_length=window)
+        return _unit(self.model.get_text_features(**inputs.to(self.device)))
 
 
 class ImageEncoder(nn.Module):

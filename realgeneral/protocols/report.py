@@ -68,9 +68,8 @@ def markdown(protocol: str, results: dict[str, dict[str, Score]], count: int, se
     over = "subjects" if protocol == "customization" else "pictures"
     lines += ["", f"In brackets: 95 % interval, bootstrap over {over} ({RESAMPLES} draws)."]
     if any(_is_distance(m) for m in metrics):
-        lines.append(
-            "A Fréchet distance depends on n, so it has no interval here: compare it at equal n, size and features, n well above their number."
-        )
+        lines.append("A Fréchet distance depends on n and has no interval here: compare it at equal n, size and features;")
+        lines.append("it means little while n is not well above the number of features.")
     lines += ["", f"## Of the paper, not of this run: {PAPER_SOURCE}", "", f"Not published: {PAPER_UNKNOWN[protocol]}.", ""]
     columns = PAPER_COLUMNS[protocol]
     lines += ["| method (paper) | " + " | ".join(map(_header, columns)) + " |", "|---" * (1 + len(columns)) + "|"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,15 @@ def test_noise_belongs_to_the_sample(assets: Path, open_pipeline: Callable[..., 
     assert (results[0] - results[1]).abs().max() < 1e-3
 
 
+def test_splits_share_no_concept() -> None:
+    """Settings can be chosen on concepts that the table does not hold."""
+    train, held_out = (nano_pairs("colouring", 400, (64, 64), 0, split) for split in ("train", "held_out"))
+    names = [{concept.codepoint for concept in pairs.concepts} for pairs in (train, held_out)]
+    assert len(names[0]) == 400
+    assert 0 < len(names[1]) < 400  # all there are
+    assert not names[0] & names[1]
+
+
 @pytest.mark.usefixtures("_captions_fit")
 def test_evaluate_writes_the_table(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One row per task and metric for adapter, copy and base; files and print agree."""
@@ -80,6 +90,8 @@ def test_evaluate_writes_the_table(assets: Path, tmp_path: Path, capsys: pytest.
     copied = record["results"]["colouring"]["scores"]["copy condition"]["SSIM"][0]
     assert 0.5 < copied < 1
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["canny.png", "colouring.png"]
+    evaluate(replace(config, split="train", tasks=["colouring"]))
+    assert (tmp_path / "table.md").read_text().startswith("Concepts of the training split: to choose settings by")
     with pytest.raises(UsageError, match="task must be one that the adapter was trained for"):
         evaluate(EvaluateConfig(adapter=config.adapter, base=config.base, output=config.output, tasks=["cany"]))
 
