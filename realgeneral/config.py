@@ -37,6 +37,9 @@ class TrainConfig:
     alpha: float = _opt("LoRA alpha; 0 = rank", 0.0)
     lora_targets: list[str] = _opt("linear layers that get a LoRA", many=LORA_TARGETS)
     init_adapter: str = _opt("start from this adapter instead of a fresh one", "")
+    ablation: Literal["none", "shared-adaln", "no-embedding"] = _opt(
+        "leave a part of the method at its start, untrained", "none"
+    )
     steps: int = _opt("optimizer steps", 1000)
     batch_size: int = _opt("samples per device and micro-step", 8)
     gradient_accumulation_steps: int = _opt("micro-steps per optimizer step", 1)
@@ -77,6 +80,8 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must not be negative, got {getattr(self, name)}")
         _check_at_least_one(self, "sample_steps")
+        if self.ablation != "none" and self.init_adapter:
+            raise UsageError(f"ablation must be 'none' with init_adapter, which brings the part trained, got {self.ablation!r}")
         if not self.max_grad_norm > 0:
             raise UsageError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
         if not self.learning_rate > 0:
