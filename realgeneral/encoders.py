@@ -5,7 +5,8 @@ An encoder is named by hub id or folder; its label, the hub id or the folder's n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -144,12 +145,19 @@ def _efficientnet() -> Any:
     return EfficientNet.from_pretrained(EFFICIENTNET, weights_path=weights).eval()
 
 
-def _load(kind: Any, name: str, option: str) -> Any:
+@contextmanager
+def loading(name: str, option: str) -> Iterator[None]:
+    """Turn what transformers raises for a model that it cannot load into one line that names the option."""
     try:
-        return kind.from_pretrained(name)
+        yield
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Failure(f"{option} must be the hub id or folder of a transformers model, got {name}: {reason}") from None
+
+
+def _load(kind: Any, name: str, option: str) -> Any:
+    with loading(name, option):
+        return kind.from_pretrained(name)
 
 
 def _pooled(output: Any) -> Tensor:

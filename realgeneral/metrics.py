@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,7 +137,7 @@ def frechet_distance(extractor: str, device: torch.device) -> tuple[str, Frechet
         raise Failure(f"fid-features must be an existing file, got {path}")
     try:
         return "FID (Inception v3)", FrechetInceptionDistance(2048, feature_extractor_weights_path=path).to(device)
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise Failure(
             f"fid-features 'inception' needs torch-fidelity and its weights ({' '.join(str(error).split())[:160]}); "
             f"'{EFFICIENTNET}' or a transformers image model need neither"

@@ -30,6 +30,7 @@ from realgeneral.nano.common import log
 from realgeneral.nano.pairs import NANO_TASKS
 from realgeneral.objective import TextCache, collate, training_loss
 from realgeneral.pipeline import RealGeneralPipeline
+from realgeneral.protocols.generation import weights_fingerprint
 from realgeneral.protocols.report import write_json, write_text
 from realgeneral.tasks import get_task
 from realgeneral.train import train
@@ -79,24 +80,31 @@ def train_config(arguments: argparse.Namespace, name: str, seed: int) -> TrainCo
     )  # fmt: skip
 
 
+def check_settings(arguments: argparse.Namespace) -> None:
+    """Note what all runs in the folder share, the base's weights too; UsageError if earlier ones differ."""
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("output", "variants", "seeds")}
+    settings["base_weights"] = weights_fingerprint(RealGeneralPipeline.from_pretrained(arguments.base))
+    path = arguments.output / "settings.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise UsageError(f"{name} must be {before.get(name)!r} as in the runs in {arguments.output}, got {value!r}")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
+
+
 def run(arguments: argparse.Namespace, name: str, seed: int) -> Values:
-    """Train and judge one variant, or read what an earlier run of the same settings found."""
+    """Train and judge one variant, or read what an earlier run found."""
     config = train_config(arguments, name, seed)
-    settings = {**asdict(config), **{k: getattr(arguments, k) for k in ("concepts", "sample_steps", "guidance_scale")}}
     path = Path(config.output) / "scores.json"
     if path.is_file():
-        record = json.loads(path.read_text(encoding="utf-8"))
-        different = [k for k in settings if record["settings"].get(k) != settings[k] and k != "output"]
-        if different:
-            was, now = record["settings"].get(different[0]), settings[different[0]]
-            raise UsageError(f"{different[0]} must be {was!r} as in the runs in {arguments.output}, got {now!r}")
-        values: Values = record["values"]
+        values: Values = json.loads(path.read_text(encoding="utf-8"))["values"]
         return values
     log(f"{name}, seed {seed}")
     torch.compiler.reset()  # compiled code of the last run counts against the limit of recompilations
     result = train(config)
     values = judge(config, arguments, result["adapter"])
-    write_json(path, {"settings": settings, "loss": result["loss"], "values": values})
+    write_json(path, {"loss": result["loss"], "values": values})
     return values
 
 
@@ -211,7 +219,7 @@ def report(arguments: argparse.Namespace, found: dict[str, dict[int, Values]]) -
         if VARIANTS[name].against in found
     }
     write_text(arguments.output / "table.md", markdown(found, setting))
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
+    settings = json.loads((arguments.output / "settings.json").read_text(encoding="utf-8"))
     variants = {name: asdict(VARIANTS[name]) for name in found}
     record = {"settings": settings, "versions": library_versions(), "variants": variants, "differences": differences}
     write_json(arguments.output / "results.json", {**record, "values": found})
@@ -241,6 +249,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, seed by seed, so that a stopped recipe has compared all variants on the seeds it did."""
     arguments = parse(argv)
+    check_settings(arguments)
     found: dict[str, dict[int, Values]] = {}
     for seed in arguments.seeds:
         for name in arguments.variants:

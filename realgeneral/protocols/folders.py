@@ -37,7 +37,6 @@ class Case:
         group: Cases of one group are not independent (pictures of one subject).
         subject: Words of the prompt that name the subject.
         references: All real pictures of the subject, files; empty for spatial tasks.
-        repeat: Which of several pictures for one prompt.
     """
 
     name: str
@@ -46,14 +45,13 @@ class Case:
     group: str
     subject: str | None = None
     references: tuple[Path, ...] = ()
-    repeat: int = 0
 
 
 def repeated(cases: list[Case], times: int) -> list[Case]:
     """Several pictures for each prompt; they differ in their noise."""
     if times == 1:
         return cases
-    return [replace(case, name=f"{case.name}-{i}", repeat=i) for case in cases for i in range(times)]
+    return [replace(case, name=f"{case.name}-{i}") for case in cases for i in range(times)]
 
 
 def chosen(cases: list[Case], limit: int) -> list[Case]:
@@ -149,6 +147,9 @@ def _prompts(folder: Path) -> tuple[dict[str, str], Callable[[str], list[str]]]:
     lines = [line.strip() for line in _read(plain).splitlines() if line.strip()]
     if not lines:
         raise Failure(f"{plain} must hold a prompt a line, got none")
+    for line in lines:
+        if "{}" not in line:
+            raise Failure(f"{plain} must have {{}} for the class in each line, got {line!r}")
     return _classes(_read(named).splitlines() if named.is_file() else []), lambda subject: lines
 
 

@@ -21,6 +21,7 @@ from realgeneral.pictures import fit_picture, load_picture, save_picture
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.protocols.folders import Case
 from realgeneral.tasks import Task
+from rgkernels import __version__
 
 KEY = "realgeneral"
 SAMPLES_PER_TENSOR = 256
@@ -119,6 +120,7 @@ class CaseGenerator:
             "dtype": self.config.dtype,
             "weights": weights,
             "scheduler": type(self.pipe.scheduler).__name__,
+            "version": __version__,
         }
 
 

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from realgeneral.adapter import library_versions, read_adapter_info
 from realgeneral.config import EvaluateConfig
+from realgeneral.encoders import loading
 from realgeneral.errors import Failure, UsageError
 from realgeneral.metrics import Score, frechet_distance
 from realgeneral.pictures import save_picture
@@ -94,7 +95,8 @@ def scorers(config: EvaluateConfig, task: Task, device: torch.device) -> Callabl
         return lambda: SubjectScorer(encoders)
     distance = None if config.fid_features == "none" else frechet_distance(config.fid_features, device)
     if isinstance(task, Depth):
-        task.depth(Image.linear_gradient("L").convert("RGB"))
+        with loading(task.model, "depth-model"):
+            task.depth(Image.linear_gradient("L").convert("RGB"))
     return lambda: SpatialScorer(task, distance)
 
 

@@ -131,6 +131,9 @@ def test_bad_subject_folders(subjects: Path, tmp_path: Path) -> None:
     (subjects / "prompts.txt").write_text("\n \n")
     with pytest.raises(Failure, match=r"prompts.txt must hold a prompt a line, got none"):
         subject_cases(subjects)
+    (subjects / "prompts.txt").write_text("a red {}\na cat\n")
+    with pytest.raises(Failure, match=r"prompts.txt must have {} for the class in each line, got 'a cat'"):
+        subject_cases(subjects)
     (subjects / "prompts_and_classes.txt").write_text(DREAMBENCH.partition("Live")[0])
     with pytest.raises(Failure, match="must hold a list of Live Subject Prompts, got none"):
         subject_cases(subjects)

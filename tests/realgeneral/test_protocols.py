@@ -249,6 +249,22 @@ def test_bootstrap_draws_groups() -> None:
         (["--protocol", "customization", "--data", "{0}/dreambench", "--clip", "{0}/coco"], 1, "clip must be the hub id or"),
         (["--protocol", "depth", "--data", "{0}/coco"], 2, "task must be one that the adapter was trained for"),
         (["--protocol", "depth", "--data", "{0}/coco", "--adapter", "{0}/depth-adapter"], 2, "--depth-model must name"),
+        (
+            [
+                "--protocol",
+                "depth",
+                "--data",
+                "{0}/coco",
+                "--adapter",
+                "{0}/depth-adapter",
+                "--depth-model",
+                "{0}/clip",
+                "--fid-features",
+                "none",
+            ],
+            1,
+            "depth-model must be the hub id or folder of a transformers model",
+        ),
         (["--protocol", "canny", "--data", "{0}/coco"], 1, "fid-features 'inception' needs torch-fidelity"),
         (["--protocol", "canny", "--data", "{0}/coco", "--fid-features", "x.pth"], 1, "fid-features must be an existing file"),
         (
