@@ -1,6 +1,6 @@
 """Recipe: which part of the method earns its place at nano's size.
 
-python -m realgeneral.nano.ablate --output outputs/ablation --compile
+python -m realgeneral.nano.ablate --output outputs/ablation
 
 Every variant is trained with the same seeds, steps and batches (a sample, its noise and its timestep depend on seed and step
 alone), then judged on the same held-out concepts with the same noise. The same command continues; `table.md` and `results.json`
