@@ -14,7 +14,7 @@ USAGE = """usage: realgeneral COMMAND [options]
   demo       generate with the small shipped model and train it for a minute, on a CPU
   train      train an adapter (LoRA + condition branch) on a frozen CogVideoX
   generate   one image from a prompt and a condition picture
-  evaluate   held-out table of an adapter
+  evaluate   scores of an adapter: nano's held-out table, or the paper's protocols on a folder
 
 realgeneral COMMAND --help lists the options of a command."""
 

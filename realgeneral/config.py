@@ -37,6 +37,9 @@ class TrainConfig:
     alpha: float = _opt("LoRA alpha; 0 = rank", 0.0)
     lora_targets: list[str] = _opt("linear layers that get a LoRA", many=LORA_TARGETS)
     init_adapter: str = _opt("start from this adapter instead of a fresh one", "")
+    ablation: Literal["none", "shared-adaln", "no-embedding"] = _opt(
+        "leave a part of the method at its start, untrained", "none"
+    )
     steps: int = _opt("optimizer steps", 1000)
     batch_size: int = _opt("samples per device and micro-step", 8)
     gradient_accumulation_steps: int = _opt("micro-steps per optimizer step", 1)
@@ -77,6 +80,8 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must not be negative, got {getattr(self, name)}")
         _check_at_least_one(self, "sample_steps")
+        if self.ablation != "none" and self.init_adapter:
+            raise UsageError(f"ablation must be 'none' with init_adapter, which brings the part trained, got {self.ablation!r}")
         if not self.max_grad_norm > 0:
             raise UsageError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
         if not self.learning_rate > 0:
@@ -160,18 +165,36 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """The held-out table of the nano model: adapter against copying the condition and against the un-adapted base."""
+    """Scores of an adapter: the emoji table of nano, or one of the paper's protocols on a folder (docs/evaluation.md)."""
 
+    protocol: Literal["nano", "customization", "canny", "depth"] = _opt("what to evaluate", "nano")
     adapter: str = _opt('adapter folder, or "nano"', "nano")
     base: str = _opt('checkpoint folder, or "nano"', "nano")
-    tasks: list[str] = _opt("task names; default: all of the adapter's", many=())
-    output: str = _opt("folder for tables and pictures", "outputs/evaluate")
-    concepts: int = _opt("held-out concepts per task", 150)
-    steps: int = _opt("denoising steps", 10)
-    guidance_scale: float = _opt("classifier-free guidance", 1.5)
+    output: str = _opt("folder for tables and pictures; a continued run keeps the pictures of its protocol", "outputs/evaluate")
+    tasks: list[str] = _opt("nano: task names; default: all of the adapter's", many=())
+    concepts: int = _opt("nano: concepts per task", 150)
+    split: Literal["held_out", "train"] = _opt("nano: which concepts; choose settings on train, report held_out", "held_out")
+    data: str = _opt("DreamBench-shaped folder (customization), COCO-shaped folder or training data (canny, depth)", "")
+    clip: str = _opt("customization: CLIP model (folder or hub id) of CLIP-I and CLIP-T", "")
+    dino: str = _opt("customization: image model (folder or hub id) of the DINO score", "")
+    depth_model: str = _opt("depth: transformers depth model (folder or hub id) of the condition and of the MSE", "")
+    fid_features: str = _opt(
+        'canny, depth: "inception", its .pth file, "efficientnet-lite0", an image model (folder or hub id), or "none"',
+        "inception",
+    )
+    images_per_prompt: int = _opt("pictures for each case of a protocol", 1)
+    limit: int = _opt("only this many pictures of a protocol, a fixed random choice; 0 = all", 0)
+    height: int = _opt("pixels of a protocol's pictures; 0 = the base's own size", 0)
+    width: int = _opt("pixels; 0 = the base's own size", 0)
+    steps: int = _opt("denoising steps; the default fits nano", 10)
+    guidance_scale: float = _opt("classifier-free guidance; the default fits nano", 1.5)
     batch_size: int = _opt("images at once", 25)
+    dtype: Literal["float32", "bfloat16", "float16"] = _opt("dtype of the models of a protocol", "float32")
+    offload: bool = _opt("keep on the GPU only the model that runs (protocols)", False)
     seed: int = _opt("random seed", 0)
     debug: bool = _opt("show the traceback of an error", False)
 
     def __post_init__(self) -> None:
-        _check_at_least_one(self, "concepts", "steps", "batch_size")
+        _check_at_least_one(self, "concepts", "steps", "batch_size", "images_per_prompt")
+        if self.limit < 0:
+            raise UsageError(f"limit must not be negative, got {self.limit}")

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from realgeneral.config import DemoConfig, TrainConfig
-from realgeneral.evaluate import HeldOut, generate_all, held_out, interval, measures
+from realgeneral.evaluate import NanoPairs, generate_all, interval, measures, nano_pairs
 from realgeneral.kernels import use_kernels
 from realgeneral.metrics import psnr, ssim
 from realgeneral.pictures import picture_grid, save_picture
@@ -59,7 +59,7 @@ def show_tasks(pipe: RealGeneralPipeline, config: DemoConfig, output: Path) -> d
     rows, labels, scores = [], [], {}
     for name in pipe.adapter.task_names:
         print(f"generating: {name}", flush=True)
-        pairs = held_out(pipe.adapter.task_spec(name), config.concepts, (64, 64), config.seed)
+        pairs = nano_pairs(pipe.adapter.task_spec(name), config.concepts, (64, 64), config.seed)
         images = generate_all(pipe, pairs, _Sampling(config))
         rows.append([picture for i in range(len(pairs.samples)) for picture in _triple(pairs, images, i)])
         labels.append(name)
@@ -88,7 +88,7 @@ def show_training(config: DemoConfig, output: Path) -> dict[str, Any]:
     )  # fmt: skip
     result = train(settings)
     seconds = time.perf_counter() - began
-    pairs = held_out(spec, config.concepts, (64, 64), config.seed)
+    pairs = nano_pairs(spec, config.concepts, (64, 64), config.seed)
     before = open_pipeline(None, config)
     before.transformer.configure_condition([get_task(spec).name], settings.preset)
     after = open_pipeline(result["adapter"], config)
@@ -156,5 +156,5 @@ class _Sampling:
         self.guidance_scale, self.seed = config.guidance_scale, config.seed
 
 
-def _triple(pairs: HeldOut, images: Tensor, i: int) -> list[Image.Image]:
+def _triple(pairs: NanoPairs, images: Tensor, i: int) -> list[Image.Image]:
     return [to_picture(x[i] * 2 - 1) for x in (pairs.conditions, images, pairs.truth)]

@@ -1,4 +1,4 @@
-"""The held-out table: the adapter against copying the condition and against the un-adapted base, with confidence intervals."""
+"""The emoji table of nano: the adapter against copying the condition and against the un-adapted base, with intervals."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ METHODS = ("adapter", "copy condition", "base")
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Held-out pairs of one task: one per concept, its style in turn."""
+class NanoPairs:
+    """Pairs of one task: one per concept, its style in turn."""
 
     samples: list[Sample]
     concepts: list[Concept]
@@ -49,21 +49,21 @@ class HeldOut:
         return torch.stack([s.conditions[0] for s in self.samples]) / 2 + 0.5
 
 
-def held_out(spec: str, count: int, size: tuple[int, int], seed: int) -> HeldOut:
-    """`count` held-out concepts (all if there are fewer) in a fixed random order, as pairs of a task."""
-    source = NanoSource("held_out", augment=False)
+def nano_pairs(spec: str, count: int, size: tuple[int, int], seed: int, split: str = "held_out") -> NanoPairs:
+    """`count` concepts of a split (all if there are fewer) in a fixed random order, as pairs of a task."""
+    source = NanoSource(split, augment=False)
     dataset = PairDataset(source, [spec], [], size, seed, strict=True)
     # a fixed shuffle: neighbours in code point order are alike
     order = random.Random(0).sample(range(len(source.concepts)), min(count, len(source.concepts)))
     indices = [concept * len(TARGET_STYLES) + i % len(TARGET_STYLES) for i, concept in enumerate(order)]
-    return HeldOut(
+    return NanoPairs(
         [dataset.sample(i, seed * 1000 + i) for i in indices],
         [source.concepts[i // len(TARGET_STYLES)] for i in indices],
         [TARGET_STYLES[i % len(TARGET_STYLES)] for i in indices],
     )
 
 
-def generate_all(pipe: RealGeneralPipeline, pairs: HeldOut, config: Any, progress: str = "") -> Tensor:
+def generate_all(pipe: RealGeneralPipeline, pairs: NanoPairs, config: Any, progress: str = "") -> Tensor:
     """Generate every pair in batches, [B, 3, H, W] in [0, 1]; noise depends on the sample, not on its batch."""
     results = []
     for start in tqdm(range(0, len(pairs.samples), config.batch_size), desc=progress, disable=not progress):
@@ -83,7 +83,7 @@ def generate_all(pipe: RealGeneralPipeline, pairs: HeldOut, config: Any, progres
     return torch.cat(results).cpu()
 
 
-def measures(task: str, pairs: HeldOut) -> dict[str, Callable[[Tensor], Tensor]]:
+def measures(task: str, pairs: NanoPairs) -> dict[str, Callable[[Tensor], Tensor]]:
     """The metrics of a task by name; each takes images and gives one value per sample."""
     truth = pairs.truth
     if task == "customization":
@@ -108,12 +108,17 @@ def interval(values: Tensor) -> tuple[float, float]:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Run the held-out comparison and write `table.md`, `results.json` and one grid per task.
+    """Run a protocol; for nano the comparison by task: `table.md`, `results.json` and one grid per task.
 
     Raises:
-        UsageError: A task that the adapter was not trained for.
+        UsageError: A task that the adapter was not trained for, or a setting that does not fit the protocol.
+        Failure: Something cannot be read or written.
         RuntimeError: The image encoder of the extra "eval" is missing.
     """
+    if config.protocol != "nano":
+        from realgeneral.protocols.run import run_protocol
+
+        return run_protocol(config)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     pipe = _pipeline(config, config.adapter)
@@ -121,10 +126,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     base = _pipeline(config, "")
     base.transformer.configure_condition(pipe.adapter.task_names, pipe.adapter.preset)
     results: dict[str, Any] = {}
+    note = "" if config.split == "held_out" else "Concepts of the training split: to choose settings by, not to report.\n\n"
     for name in config.tasks or pipe.adapter.task_names:
         spec = pipe.adapter.task_spec(name.partition(":")[0])
         height, width = pipe._size(None, None)
-        pairs = held_out(spec, config.concepts, (width, height), config.seed)
+        pairs = nano_pairs(spec, config.concepts, (width, height), config.seed, config.split)
         images = {
             "adapter": generate_all(pipe, pairs, config, f"{name}, adapter"),
             "copy condition": pairs.conditions,
@@ -134,14 +140,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         scores = {m: {k: interval(fn(images[m])) for k, fn in measures(task, pairs).items()} for m in METHODS}
         results[task] = {"count": len(pairs.samples), "scores": scores}
         save_picture(comparison_grid(pairs, images, 12), output / f"{task}.png")
-        (output / "table.md").write_text(markdown(results), encoding="utf-8")
+        (output / "table.md").write_text(note + markdown(results), encoding="utf-8")
         record = {"config": asdict(config), "versions": library_versions(), "adapter": asdict(pipe.adapter), "results": results}
         (output / "results.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    print(markdown(results))
+    print(note + markdown(results))
     return results
 
 
-def comparison_grid(pairs: HeldOut, images: dict[str, Tensor], rows: int) -> Image.Image:
+def comparison_grid(pairs: NanoPairs, images: dict[str, Tensor], rows: int) -> Image.Image:
     """condition | adapter | base | truth, for the first rows."""
     columns = (pairs.conditions, images["adapter"], images["base"], pairs.truth)
     pictures = [[to_picture(column[i] * 2 - 1) for column in columns] for i in range(min(rows, len(pairs.samples)))]

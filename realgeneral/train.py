@@ -23,7 +23,15 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from realgeneral import checkpoint
-from realgeneral.adapter import AdapterInfo, adapter_info, add_lora, load_adapter, mark_trainable, save_adapter
+from realgeneral.adapter import (
+    AdapterInfo,
+    adapter_info,
+    add_lora,
+    freeze_for_ablation,
+    load_adapter,
+    mark_trainable,
+    save_adapter,
+)
 from realgeneral.config import TrainConfig
 from realgeneral.data import PairDataset, RunSampler, Source, TextCheck, open_source
 from realgeneral.errors import Failure, UsageError
@@ -60,6 +68,7 @@ def load_models(config: TrainConfig, accelerator: Accelerator) -> tuple[RealGene
         torch.manual_seed(config.seed)
         add_lora(transformer, config.rank, config.alpha or None, config.lora_targets)
     mark_trainable(transformer)
+    freeze_for_ablation(transformer, config.ablation)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     use_kernels(transformer, config.fused_kernels, accelerator.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from realgeneral.adapter import adapter_info, save_adapter
 from realgeneral.config import DemoConfig, EvaluateConfig
 from realgeneral.demo import demo
 from realgeneral.errors import UsageError
-from realgeneral.evaluate import evaluate, generate_all, held_out, interval
+from realgeneral.evaluate import evaluate, generate_all, interval, nano_pairs
 from realgeneral.tasks import get_task
 
 SPECS = ("canny", "colouring")
@@ -43,7 +44,7 @@ def _captions_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("realgeneral.nano.pairs.caption", lambda concept, style: "a red pot")
     monkeypatch.setattr(RealGeneralPipeline, "_subject_embeds", lambda *_: None)
     monkeypatch.setattr("realgeneral.data.subject_span_mask", lambda *_: None)
-    monkeypatch.setattr("realgeneral.train.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
+    monkeypatch.setattr("realgeneral.objective.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
 
 
 def test_interval() -> None:
@@ -57,10 +58,19 @@ def test_interval() -> None:
 def test_noise_belongs_to_the_sample(assets: Path, open_pipeline: Callable[..., RealGeneralPipeline]) -> None:
     """The table does not depend on the batch size."""
     pipe = open_pipeline(assets / "base", adapter=assets / "adapter")
-    pairs = held_out("colouring", 3, (64, 64), 0)
+    pairs = nano_pairs("colouring", 3, (64, 64), 0)
     results = [generate_all(pipe, pairs, EvaluateConfig(batch_size=size, steps=2)) for size in (1, 2)]
     assert results[0].shape == pairs.truth.shape == (3, 3, 64, 64)
     assert (results[0] - results[1]).abs().max() < 1e-3
+
+
+def test_splits_share_no_concept() -> None:
+    """Settings can be chosen on concepts that the table does not hold."""
+    train, held_out = (nano_pairs("colouring", 400, (64, 64), 0, split) for split in ("train", "held_out"))
+    names = [{concept.codepoint for concept in pairs.concepts} for pairs in (train, held_out)]
+    assert len(names[0]) == 400
+    assert 0 < len(names[1]) < 400  # all there are
+    assert not names[0] & names[1]
 
 
 @pytest.mark.usefixtures("_captions_fit")
@@ -80,6 +90,8 @@ def test_evaluate_writes_the_table(assets: Path, tmp_path: Path, capsys: pytest.
     copied = record["results"]["colouring"]["scores"]["copy condition"]["SSIM"][0]
     assert 0.5 < copied < 1
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["canny.png", "colouring.png"]
+    evaluate(replace(config, split="train", tasks=["colouring"]))
+    assert (tmp_path / "table.md").read_text().startswith("Concepts of the training split: to choose settings by")
     with pytest.raises(UsageError, match="task must be one that the adapter was trained for"):
         evaluate(EvaluateConfig(adapter=config.adapter, base=config.base, output=config.output, tasks=["cany"]))
 

@@ -16,7 +16,7 @@ from realgeneral.adapter import read_adapter_info
 from realgeneral.config import DemoConfig, EvaluateConfig
 from realgeneral.data import PairDataset
 from realgeneral.demo import demo
-from realgeneral.evaluate import evaluate, generate_all, held_out, interval, markdown
+from realgeneral.evaluate import evaluate, generate_all, interval, markdown, nano_pairs
 from realgeneral.metrics import edge_f1, psnr, retrieval_hits, ssim
 from realgeneral.nano.emoji import PARQUET, STYLES, caption, load_emoji
 from realgeneral.nano.pairs import NANO_TASKS, TARGET_STYLES, NanoSource
@@ -107,7 +107,7 @@ def test_adapter_beats_copying_and_the_base(pipe: RealGeneralPipeline) -> None:
     """On held-out concepts, colouring comes closer to the truth than its condition and than the un-adapted base."""
     assert set(read_adapter_info(NANO_ASSETS / "adapter").task_names) == {get_task(spec).name for spec in NANO_TASKS}
     settings = EvaluateConfig(steps=8, batch_size=8, concepts=8)
-    pairs = held_out("colouring", settings.concepts, (64, 64), 0)
+    pairs = nano_pairs("colouring", settings.concepts, (64, 64), 0)
     base = RealGeneralPipeline.from_pretrained("nano")
     base.set_progress_bar_config(disable=True)
     base.transformer.configure_condition(["colouring"], "cached")
