@@ -46,14 +46,14 @@ ASSUMPTIONS = {
     "mufu": "16 ex2 or rsqrt per clock and multiprocessor",
     "fp32": "128 instructions per clock and multiprocessor, all of it hidden behind other work",
     "overlap": "tensor cores and ex2 do not overlap: their times add; floor_ms overlaps them fully",
-    "tiles": "programs go to the 132 multiprocessors in launch order, each to the first that is free; padded rows cost as full ones",
-    "bytes": "every argument is moved once to or from HBM; what the 50 MB L2 cache keeps is ignored, so small sizes may be faster",
+    "tiles": "programs go in launch order to the multiprocessor that is free first; padded rows cost as full ones",
+    "bytes": "every argument is moved once to or from HBM; the 50 MB L2 cache is ignored, so small sizes may be faster",
     "launch": "3 us per kernel to start and to drain, as one node of a CUDA graph; floor_ms has none",
     "gradients": "tokens, gate, shift and scale; norm parameters frozen, as in LoRA training",
 }
 
 # float32 instructions per element or score, counted in the kernels' source; maxima and conversions run at half rate and count
-# twice. Attention forward: per 32 scores 34 FFMA, 36 add, 36 multiply, 36 max, 16 packed conversions (docs/kernels-attention.md)
+# twice. Attention forward, per 32 scores: 34 FFMA, 36 add, 36 multiply, 36 max, 16 conversions (docs/kernels-attention.md)
 INSTRUCTIONS = {
     "_adaln_fwd_kernel": 12, "_adaln_bwd_kernel": 20, "_adaln_bwd_reduce_kernel": 1,
     "_qk_norm_rope_fwd_kernel": 12, "_qk_norm_rope_bwd_kernel": 26, "_attn_bwd_delta_kernel": 3,
@@ -181,65 +181,22 @@ def _short(value: float) -> float:
 
 
 def launched_work(op: str, mode: str, shape: Shape) -> list[Work]:
-    """The launches of one op on an H100, as work."""
+    """The launches of one op on an H100, as work; its tensors have no memory."""
+    from benchmarks.direct import prepare
     from benchmarks.launches import record_launches
 
+    def tensor(*size: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(size, dtype=dtype or DTYPE, device="meta")
+
     with record_launches(sms=SMS, architecture="sm_90") as launches:
-        _launch(op, mode, shape)
-    if op == "segment_attention":
-        return [_attention_work(launch, shape) for launch in launches]
-    return [_row_work(launch) for launch in launches]
+        call = prepare(op, mode, shape, tensor)
+        launches.clear()
+        call()
+    work = _attention_work if op == "segment_attention" else _row_work
+    return [work(launch, shape) for launch in launches]
 
 
-def _launch(op: str, mode: str, shape: Shape) -> None:
-    """Call the op's launcher on tensors without memory."""
-    from rgkernels._triton import adaln_bwd, adaln_fwd, attention_bwd, attention_fwd, qk_norm_rope_bwd, qk_norm_rope_fwd
-
-    def tensor(*size: int, dtype: torch.dtype = DTYPE) -> Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    layout, forward = shape.layout, mode == "forward"
-    x, stats = tensor(shape.batch, shape.seq_len, shape.channels), tensor(shape.batch, shape.seq_len, dtype=torch.float32)
-    gate, shift, scale = tensor(shape.batch, layout.num_segments, 3 * shape.channels).chunk(3, -1)
-    weight, bias = tensor(shape.channels), tensor(shape.channels)
-    q, k, v = tensor(shape.batch, shape.seq_len, 3, shape.heads, shape.head_dim).transpose(1, 3).unbind(2)
-    if op == "segment_attention":
-        problem = _problem(shape)
-        lse = tensor(shape.batch, shape.heads, shape.seq_len, dtype=torch.float32)
-        if forward:
-            attention_fwd.launch_fwd(q, k, v, problem, shape.head_dim**-0.5)
-        else:
-            attention_bwd.launch_bwd(q, None, q, k, v, q, lse, problem, shape.head_dim**-0.5, True, True)
-    elif op == "qk_norm_rope":
-        norms = [tensor(shape.head_dim) for _ in range(4)]
-        tables = [tensor(shape.seq_len - shape.text, shape.head_dim, dtype=torch.float32) for _ in range(2)]
-        if forward:
-            qk_norm_rope_fwd.launch_fwd(q, k, *norms, *tables, shape.text, 1e-6)
-        else:
-            needs = [True, True, False, False, False, False]
-            qk_norm_rope_bwd.launch_bwd(q, k, q, k, *norms, *tables, shape.text, 1e-6, needs)
-    else:
-        gated, normed = "gate" in op, "adaln" in op
-        site = (x if gated else None, gate if gated else None)
-        norm = (scale, weight, bias) if normed else (None, None, None)
-        if forward:
-            adaln_fwd.launch_fwd(x, *site, shift if normed else None, *norm, layout.lengths, 1e-5)
-        else:
-            upstream = (x if gated else None, x if normed else None, x if normed else None)
-            mean = stats if normed else None
-            needs = [normed, gated, gated, normed, normed, False, False]
-            adaln_bwd.launch_bwd(*upstream, *site, *norm, mean, mean, layout.lengths, needs)
-
-
-def _problem(shape: Shape) -> Any:
-    from rgkernels._triton.attention_schedule import Problem
-
-    layout = shape.layout
-    blocked = [index for pair in sorted(layout.blocked) for index in map(layout.index, pair)]
-    return Problem(layout.lengths, tuple(blocked), tuple(range(layout.num_segments)))
-
-
-def _row_work(launch: Any) -> Work:
+def _row_work(launch: Any, shape: Shape) -> Work:
     """A kernel over rows of tokens: bytes as counted by benchmarks/bytes_moved.py, programs of one size."""
     from benchmarks.bytes_moved import bytes_moved
 
@@ -256,6 +213,7 @@ def _row_work(launch: Any) -> Work:
 def _attention_work(launch: Any, shape: Shape) -> Work:
     """A kernel over scores, tile by tile; the delta pass streams rows."""
     from benchmarks.bytes_moved import distinct_bytes
+    from benchmarks.direct import attention_problem
     from benchmarks.launches import tensors
     from rgkernels._triton.attention_schedule import tile_table
 
@@ -266,7 +224,7 @@ def _attention_work(launch: Any, shape: Shape) -> Work:
         return Work(name, grid, moved, 0.0, 0.0, INSTRUCTIONS[name] * elements, -(-grid // SMS) * SMS / grid)
     by_key = "dkdv" in name
     tile, step = (found["BLOCK_N"], found["BLOCK_M"]) if by_key else (found["BLOCK_M"], found["BLOCK_N"])
-    tiles, ranges = tile_table(_problem(shape), tile, by_key=by_key)
+    tiles, ranges = tile_table(attention_problem(shape), tile, by_key=by_key)
     walked = [hi - lo + _tail_padding(hi - lo, step, found["BLOCK_TAIL"]) for lo, hi in ranges]
     scores = [tile * sum(walked[first:last]) for _, _, first, last in tiles] * (shape.batch * shape.heads)
     total = sum(scores)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.rows import Origin, Row, cases, ceilings, grouped, is_ours, is_peer, read_rows
+from benchmarks.rows import Origin, Row, best_peer, cases, ceilings, grouped, is_ours, read_rows
 from realgeneral.errors import Failure
 
 ROWS = Path("outputs") / "benchmarks.jsonl"
@@ -24,13 +24,8 @@ OUT = Path("outputs") / "report"
 PREDICTIONS = Path(__file__).parents[1] / "docs" / "results"
 HEAD = """# Benchmarks
 
-Median milliseconds, and the 20th and 80th percentiles. Providers that run our kernels are bold; `-unmasked` ones do another job and
-are upper lines, not competitors."""
-
-
-def best_peer(rows: Iterable[Row]) -> Row | None:
-    """The fastest provider that is something to be compared with."""
-    return min((row for row in rows if is_peer(row["provider"])), key=lambda row: row["ms_p50"], default=None)
+Median milliseconds, and the 20th and 80th percentiles. Providers that run our kernels are bold; `-unmasked` ones do another job
+and are upper lines, not competitors."""
 
 
 def speed_up(row: Row, peer: Row) -> str:
@@ -69,10 +64,14 @@ def _digits(ms: float) -> str:
     return f"{ms:.4f}" if ms < 1 else f"{ms:.3f}" if ms < 100 else f"{ms:.1f}"
 
 
+def _figures(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 1000 else f"{rate:.3g}"
+
+
 def _rate(row: Row) -> str:
     if row.get("gb_per_s"):
-        return f"{row['gb_per_s']:,.1f} GB/s"
-    return f"{row['tflop_per_s']:,.2f} TFLOP/s" if row.get("tflop_per_s") else ""
+        return f"{_figures(row['gb_per_s'])} GB/s"
+    return f"{_figures(row['tflop_per_s'])} TFLOP/s" if row.get("tflop_per_s") else ""
 
 
 def read_predictions(folder: Path) -> tuple[str, dict[tuple[str, ...], Row]]:
@@ -96,10 +95,13 @@ def section(origin: Origin, rows: list[Row], predictions: tuple[str, dict[tuple[
     parts = [f"## {origin.title}", f"{origin.versions}, {days}."]
     if origin.device_type == "cpu":
         parts.append("**These are CPU times**: small shapes, and only what runs without a GPU. They say nothing about a GPU.")
-    measured = [f"{'..'.join(f'{v:,.1f}' for v in (values[0], values[-1])[: len(values)])} {name}"
-                for name, values in ceilings(rows).items()]  # fmt: skip
+    measured = [
+        f"{'..'.join(f'{v:,.3g}' for v in sorted({min(found), max(found)}))} {name}" for name, found in ceilings(rows).items()
+    ]
     if measured:
         parts.append(f"Ceilings measured in the same runs (a large copy, a large matrix product): {'; '.join(measured)}.")
+    if any((row.get("share_of_ceiling") or 0) > 1 for row in rows):
+        parts.append("A share above 100 % means that its ceiling was measured on a busy machine: it is no ceiling.")
     name, predicted = predictions if is_h100_sxm(origin.device) else ("", {})
     if predicted:
         parts.append(f"Predictions: {name}.")

@@ -140,6 +140,11 @@ def cases(rows: Iterable[Row]) -> dict[tuple[str, str], dict[tuple[str, str], li
     return dict(sorted(found.items(), key=lambda item: rank[item[0]]))
 
 
+def best_peer(rows: Iterable[Row]) -> Row | None:
+    """The fastest provider that is something to be compared with."""
+    return min((row for row in rows if is_peer(row["provider"])), key=lambda row: row["ms_p50"], default=None)
+
+
 def ceilings(rows: Iterable[Row]) -> dict[str, list[float]]:
     """Measured ceilings of these rows, ascending: "GB/s", and "TFLOP/s DTYPE"."""
     found: dict[str, set[float]] = {}
