@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +13,8 @@ from rgkernels._triton import adaln_bwd, adaln_fwd, attention_bwd, attention_fwd
 from rgkernels._triton.attention_schedule import Problem
 
 Call = Callable[[], Any]
-
-
-class Factory(Protocol):
-    """Makes a tensor of a size and dtype; the tokens' dtype if None."""
-
-    def __call__(self, *size: int, dtype: torch.dtype | None = None) -> Tensor: ...
+# tensor(*size, dtype=None): a tensor of the tokens' dtype unless told otherwise
+Factory = Callable[..., Tensor]
 
 
 def attention_problem(shape: Shape) -> Problem:

@@ -39,6 +39,9 @@ def table(by_shape: dict[tuple[str, str], list[Row]], predictions: dict[tuple[st
     """One op in one mode: a line per shape and provider."""
     columns = ["shape", "dtype", "provider", "ms (p20 .. p80)", "rate", "of ceiling", "ours against the best peer", "peak MiB"]
     right = [name in ("ms (p20 .. p80)", "rate", "of ceiling", "peak MiB") for name in columns]
+    paired = any(row.get("ratio") for rows in by_shape.values() for row in rows)
+    if paired:
+        columns, right = [*columns, "paired ratio"], [*right, False]
     if predictions:
         columns, right = [*columns, "predicted ms", "measured / predicted"], [*right, True, True]
     lines = ["| " + " | ".join(columns) + " |", "|" + "|".join("---:" if flag else "---" for flag in right) + "|"]
@@ -53,6 +56,8 @@ def table(by_shape: dict[tuple[str, str], list[Row]], predictions: dict[tuple[st
                 speed_up(row, peer) if ours and peer else "",
                 "" if row.get("peak_mib") is None else f"{row['peak_mib']:,.0f}",
             ]  # fmt: skip
+            if paired:
+                cells.append(f"{row['ratio']:.2f}x {row.get('against', '')}".rstrip() if row.get("ratio") else "")
             if predictions:
                 predicted = predictions.get((row["op"], row["mode"], shape, dtype)) if ours else None
                 cells += [_digits(predicted["ms"]), f"{row['ms_p50'] / predicted['ms']:.2f}"] if predicted else ["", ""]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -48,8 +49,9 @@ class Origin(NamedTuple):
 
     @property
     def slug(self) -> str:
-        """A file name of it."""
-        words = f"{self.title} {self.commit[:7]}".lower()
+        """A file name of it: device, commit, and a few digits that tell versions apart."""
+        digits = hashlib.sha256(repr(tuple(self)).encode()).hexdigest()[:4]
+        words = f"{self.title} {self.commit[:7]} {digits}".lower()
         return "-".join("".join(c if c.isalnum() else " " for c in words).split())
 
 
@@ -98,16 +100,21 @@ def _checked(line: str, where: str) -> Row:
     for name in OPTIONAL_TEXT:
         if not isinstance(row.get(name), str | None):
             raise Failure(f"{where}: {name} must be text or null, got {row[name]!r}")
-    for name in (*TIMES, *OPTIONAL_NUMBERS):
-        if (row.get(name) is None and name not in TIMES) or _is_number(row.get(name)):
-            continue
-        raise Failure(f"{where}: {name} must be a positive number, got {row.get(name)!r}")
+    for name in TIMES:
+        if not _is_number(row.get(name)) or row[name] == 0:
+            raise Failure(f"{where}: {name} must be a positive number, got {row.get(name)!r}")
+    for name in OPTIONAL_NUMBERS:
+        if row.get(name) is not None and not _is_number(row[name]):
+            raise Failure(f"{where}: {name} must be a number of 0 or more, or null, got {row[name]!r}")
     if not row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]:
         raise Failure(f"{where}: ms_p20, ms_p50, ms_p80 must ascend, got {[row[name] for name in TIMES]}")
     try:
-        row["date"] = datetime.datetime.fromisoformat(row["date"])
+        date = datetime.datetime.fromisoformat(row["date"])
     except ValueError as error:
         raise Failure(f"{where}: date must be ISO 8601, got {row['date']!r}") from error
+    if date.tzinfo is None:
+        raise Failure(f"{where}: date must be ISO 8601 with a time zone, got {row['date']!r}")
+    row["date"] = date
     return row
 
 

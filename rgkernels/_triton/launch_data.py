@@ -44,14 +44,17 @@ LAUNCHES: dict[str, dict[Key, tuple[int | None, ...]]] = {
     },
     # elements, max_heads, num_warps, num_stages, programs_per_sm
     "qk_norm_rope_fwd": {
+        ("any", "any", 64): (2048, 16, 8, 1, 1),
         ("any", "any", 1048576): (2048, 16, 8, 1, 1),
     },
     # elements, max_heads, num_warps, num_stages, programs_per_sm
     "qk_norm_rope_bwd": {
+        ("any", "any", 64): (2048, 16, 8, 2, 3),
         ("any", "any", 1048576): (2048, 16, 8, 2, 3),
     },
     # elements, max_heads, num_warps, num_stages, programs_per_sm
     "qk_norm_rope_bwd_trained": {
+        ("any", "any", 64): (2048, 16, 8, 2, 2),
         ("any", "any", 1048576): (2048, 16, 8, 2, 2),
     },
     # block_s, num_warps

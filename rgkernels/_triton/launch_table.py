@@ -148,13 +148,20 @@ def find(kernel: str, architecture: str, dtype: torch.dtype, size: int) -> Any:
     Raises:
         LookupError: No row holds this width.
     """
-    rows = LAUNCHES[kernel]
-    size_class = min((listed for _, _, listed in rows if listed >= size), default=None)
+    rows, listed = LAUNCHES[kernel], size_class(kernel, size)
     for arch in (architecture, "any"):
         for kind in (dtype_class(dtype), "any"):
-            if size_class is not None and (arch, kind, size_class) in rows:
-                return KINDS[kernel]._make(rows[arch, kind, size_class])
+            if (arch, kind, listed) in rows:
+                return KINDS[kernel]._make(rows[arch, kind, listed])
     raise LookupError(f"{kernel} has no launch for {architecture}, {dtype}, size {size}")
+
+
+def size_class(kernel: str, size: int) -> int:
+    """The smallest size listed for a kernel that holds a padded width."""
+    listed = [wide for _, _, wide in LAUNCHES[kernel] if wide >= size]
+    if not listed:
+        raise LookupError(f"{kernel} has no launch for size {size}")
+    return min(listed)
 
 
 def dtype_class(dtype: torch.dtype) -> str:
