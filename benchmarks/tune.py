@@ -295,7 +295,7 @@ def evidence(target: Target, current: Launch, outcome: Outcome, device: torch.de
 
 
 def tune(targets: Sequence[Target], minutes: float, out: Path, device: torch.device) -> None:
-    """Search for every target in its order, and write the table after each; a target may take twice its share of what is left."""
+    """Search for every target in order, and write the table after each; one may take twice its share of the time left."""
     launches, measured = copy.deepcopy(LAUNCHES), copy.deepcopy(MEASURED)
     deadline = time.monotonic() + 60 * minutes
     for i, target in enumerate(targets):

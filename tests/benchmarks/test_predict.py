@@ -40,7 +40,7 @@ def test_what_binds() -> None:
 
 
 def test_attention_tiles_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Grids and padding follow the launch table: 24 tiles of 128 rows per head at S = 2926, 47 of 64."""
+    """Grids and padding follow the launch table: 24 tiles of 128 rows per head at S = 2926, 48 of 64."""
     from rgkernels._triton.launch_data import LAUNCHES
     from rgkernels._triton.launch_table import find
 
@@ -54,8 +54,10 @@ def test_attention_tiles_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
         (narrow,) = launched_work("segment_attention", "forward", shape)
     finally:
         find.cache_clear()
-    assert narrow.grid == 47 * 48
-    assert narrow.flops < work.flops
+    assert narrow.grid == 48 * 48
+    # 3072 rows either way, but smaller pieces spread better
+    assert narrow.flops == work.flops
+    assert narrow.imbalance < work.imbalance
 
 
 def test_scores_of_a_small_case_by_hand() -> None:
