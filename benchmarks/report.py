@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         print(write_report(read_rows(args.rows), args.out))
-    except Failure as error:
+    except (Failure, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

@@ -78,6 +78,9 @@ def test_command_fails_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     """Missing and empty files, and a dirty row, end with status 1; nothing is written."""
     out = tmp_path / "out"
     (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "taken").touch()
+    assert report.main([str(write(tmp_path / "good.jsonl", {})), "--out", str(tmp_path / "taken")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
     for path in (tmp_path / "none.jsonl", tmp_path / "empty.jsonl", write(tmp_path / "dirty.jsonl", {"dirty": True})):
         assert report.main([str(path), "--out", str(out)]) == 1
         message = capsys.readouterr().err

@@ -20,7 +20,7 @@ from benchmarks import launch_writer, tune
 from benchmarks.shapes import Shape
 from benchmarks.tune import TARGETS, Bench, Target, difference, is_faster, launched_as, neighbours, search
 from rgkernels._triton.launch_data import LAUNCHES, MEASURED
-from rgkernels._triton.launch_table import KINDS, Launch, ScoreTile, find, size_class
+from rgkernels._triton.launch_table import KINDS, Launch, RowTile, ScoreTile, find, size_class
 
 TARGET = TARGETS[0]
 CURRENT = ScoreTile(128, 64, 32, 8, 3, 128)
@@ -143,6 +143,27 @@ def test_candidates_are_checked_for_real(kernel: str, monkeypatch: pytest.Monkey
     bench.calls = [lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal memory access was encountered"))]
     with pytest.raises(RuntimeError, match="CUDA error"):
         bench.accept(other)
+
+
+def test_tunes_a_kernel_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, from inputs to the file: every launch is built, checked and timed, and evidence names its origin."""
+    monkeypatch.setattr(tune, "DTYPE", torch.float16)
+    monkeypatch.setattr(tune, "QUICK", 1)
+    monkeypatch.setattr(tune, "THOROUGH", 2)
+    monkeypatch.setitem(tune.VALUES, RowTile, {"block_s": (8, 16), "num_warps": (4, 8)})
+    monkeypatch.setitem(tune.SHAPES, "tiny", Shape("tiny", heads=2, head_dim=64, text=5, image=9))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    target = next(target for target in TARGETS if target.kernel == "adaln_fwd")._replace(size=128, shapes=("tiny", "tiny"))
+    out = tmp_path / "launch_data.py"
+    tune.tune([target], 1.0, out, torch.device("cpu"))
+    module = imported(out)
+    evidence = module.MEASURED["adaln_fwd"]["interpreter", "half", 128]
+    assert ("interpreter", "half", 128) in module.LAUNCHES["adaln_fwd"]
+    assert evidence["launch_before"] == LAUNCHES["adaln_fwd"]["any", "any", 128]
+    assert evidence["looked_at"] >= len(neighbours(target, find("adaln_fwd", "interpreter", torch.float16, 128)))
+    assert all(before > 0 and after > 0 for before, after in evidence["ms_before_after"].values())
+    assert f"torch {torch.__version__}" in evidence["versions"]
+    assert ("interpreter", "half", 128) not in LAUNCHES["adaln_fwd"]
 
 
 def test_launches_that_fail_or_spill_are_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
