@@ -93,7 +93,10 @@ def _bar_panel(axes: Axes, mode: str, by_shape: ByShape, order: list[str], colou
             )  # fmt: skip
             text = f"{middle:.3g}" if middle < 1000 else f"{middle:,.0f}"
             weight = "bold" if ours else "normal"
-            axes.annotate(text, (x, high), (0, 2), textcoords="offset points", ha="center", fontsize=7, weight=weight)
+            axes.annotate(
+                text, (x, high), (0, 2), textcoords="offset points", ha="center", fontsize=7, weight=weight,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+            )  # fmt: skip
         if limits := [ceiling(row) for row in rows if ceiling(row)]:
             level, label = statistics.median(limits), "measured ceiling" if group == 0 else None
             axes.hlines(level, group - 0.46, group + 0.46, "black", (0, (4, 2)), linewidth=1, label=label)
