@@ -71,7 +71,7 @@ class HeadTile(NamedTuple):
     """qk_norm_rope: a tile of tokens x heads.
 
     Args:
-        elements: Elements of q, and as many of k, per tile; 8 per lane are one 16-byte access each, and leave nothing to exchange
+        elements: Elements of q, and as many of k, per tile; 8 per lane are one 16-byte access, and leave nothing to exchange
             between warps.
         max_heads: Heads per tile at most.
         num_warps: Warps per program.
