@@ -1,11 +1,12 @@
 # One command each; every target creates the virtual environment first if it is missing.
 PYTHON ?= python3
 VENV ?= .venv
+LATEST ?= .venv-latest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := rgkernels realgeneral benchmarks tests setup.py
 
-.PHONY: all demo test test-slow test-gpu venv lint types fmt bench clean
+.PHONY: all demo test test-slow test-gpu test-latest venv lint types fmt bench report clean
 
 all: lint types test
 
@@ -30,6 +31,14 @@ test-slow: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
+# the newest releases that the registry has, in a virtual environment of their own; see "Versions" in docs/design.md
+test-latest:
+	$(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/python -m pip install -qq --upgrade pip
+	$(LATEST)/bin/python -m pip install -qq --upgrade --upgrade-strategy eager --editable ".[dev]"
+	$(LATEST)/bin/python -m pip list | grep -E "^(torch|triton|diffusers|peft|transformers|accelerate|numpy) "
+	$(LATEST)/bin/python -m pytest -m "not slow and not gpu"
+
 lint: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -44,5 +53,8 @@ fmt: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --benchmark-enable
 
+report: $(STAMP)
+	$(BIN)/python -m benchmarks.report $(ROWS)
+
 clean:
-	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(LATEST) outputs .pytest_cache .mypy_cache .ruff_cache *.egg-info

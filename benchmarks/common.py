@@ -203,6 +203,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Where a row comes from: machine, versions, commit, date, command."""
     cuda = device.type == "cuda"
     return {
+        "device_type": device.type,
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
         "cuda": torch.version.cuda,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from triton.runtime.jit import KernelInterface
 
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 
 
 @dataclass
@@ -37,12 +37,12 @@ class Launch:
 
 
 @contextlib.contextmanager
-def record_launches(sms: int | None = None, capability: tuple[int, int] | None = None) -> Iterator[list[Launch]]:
+def record_launches(sms: int | None = None, architecture: str | None = None) -> Iterator[list[Launch]]:
     """Collect every kernel launch inside the block; nothing is launched, so outputs stay uninitialised.
 
     Args:
         sms: Number of multiprocessors to assume (132 for an H100); None leaves the interpreter's small number.
-        capability: Architecture whose launch tables to assume; None leaves the interpreter's.
+        architecture: Whose launches to take, such as "sm_90"; None leaves the interpreter's.
     """
     launches: list[Launch] = []
 
@@ -57,7 +57,7 @@ def record_launches(sms: int | None = None, capability: tuple[int, int] | None =
         return launch
 
     original = KernelInterface.__getitem__
-    with _assumed("INTERPRETER_SMS", sms), _assumed("INTERPRETER_CAPABILITY", capability):
+    with _assumed("INTERPRETER_SMS", sms), _assumed("INTERPRETER_ARCHITECTURE", architecture):
         KernelInterface.__getitem__ = getitem
         try:
             yield launches
@@ -72,12 +72,12 @@ def _assumed(name: str, value: Any) -> Iterator[None]:
 
     kept = getattr(common, name)
     setattr(common, name, kept if value is None else value)
-    common.num_sms.cache_clear(), common.capability.cache_clear()
+    common.num_sms.cache_clear(), common.architecture.cache_clear()
     try:
         yield
     finally:
         setattr(common, name, kept)
-        common.num_sms.cache_clear(), common.capability.cache_clear()
+        common.num_sms.cache_clear(), common.architecture.cache_clear()
 
 
 def tensors(launch: Launch) -> dict[str, torch.Tensor]:

@@ -18,8 +18,6 @@ from rgkernels._triton import adaln, qk_norm_rope
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHANNELS = (1920, 3072)  # CogVideoX 2B and 5B
 HEAD_DIMS = (64, 128)
-# the architectures whose launch tables differ from sm_90's
-CAPABILITIES = {"sm_100": (10, 0)}
 # lengths, token counts and batch sizes are run-time values: any will do
 LAYOUT = SegmentLayout.of(text=226, target=337, condition=337)
 
@@ -52,9 +50,7 @@ BUDGETS = {
 QK_BACKWARD_FROZEN_REGISTERS = 80
 
 
-def norm_site_launches(
-    channels: int, dtype: torch.dtype, trained: bool, capability: tuple[int, int] | None = None
-) -> dict[str, list[Launch]]:
+def norm_site_launches(channels: int, dtype: torch.dtype, trained: bool, target: str = "sm_90") -> dict[str, list[Launch]]:
     """Forward and backward of the three norm-site ops with a trained or frozen affine, by op."""
     rows = (2, LAYOUT.seq_len, channels)
     x, branch = (torch.zeros(rows, dtype=dtype, requires_grad=True) for _ in range(2))
@@ -71,7 +67,7 @@ def norm_site_launches(
     }
     found = {}
     for name, call in calls.items():
-        with record_launches(capability=capability) as launches:
+        with record_launches(architecture=target) as launches:
             outputs = call()
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             torch.autograd.grad(outputs, [x, projection], [upstream] * len(outputs), retain_graph=True)
@@ -79,13 +75,13 @@ def norm_site_launches(
     return found
 
 
-def qk_launches(head_dim: int, dtype: torch.dtype, trained: bool) -> list[Launch]:
+def qk_launches(head_dim: int, dtype: torch.dtype, trained: bool, target: str = "sm_90") -> list[Launch]:
     """Forward and backward of qk_norm_rope on a packed projection, norm parameters trained or frozen."""
     projection = torch.zeros((2, LAYOUT.seq_len, 3, 30, head_dim), dtype=dtype, requires_grad=True)
     q, k, _ = (x.transpose(1, 2) for x in projection.unbind(2))
     norms = [torch.zeros(head_dim, dtype=dtype, requires_grad=trained) for _ in range(4)]
     tables = [torch.zeros(LAYOUT.seq_len - 226, head_dim) for _ in range(2)]
-    with record_launches() as launches:
+    with record_launches(architecture=target) as launches:
         outputs = qk_norm_rope.qk_norm_rope(q, k, *norms, *tables, 226, 1e-6)
         wanted = [projection, *norms] if trained else [projection]
         torch.autograd.grad(outputs, wanted, [torch.zeros_like(out) for out in outputs])
@@ -100,15 +96,15 @@ def variants() -> Iterator[tuple[str, str, list[Launch]]]:
             for channels in CHANNELS:
                 yield from _norm_sites(target, channels, dtype, label)
             for head_dim in HEAD_DIMS:
-                yield f"qk-D{head_dim}-{label}-frozen", target, qk_launches(head_dim, dtype, trained=False)
+                yield f"qk-D{head_dim}-{label}-frozen", target, qk_launches(head_dim, dtype, False, target)
                 # the forward kernel does not know what is trained
-                yield f"qk-D{head_dim}-{label}-trained", target, qk_launches(head_dim, dtype, trained=True)[1:]
+                yield f"qk-D{head_dim}-{label}-trained", target, qk_launches(head_dim, dtype, True, target)[1:]
 
 
 def _norm_sites(target: str, channels: int, dtype: torch.dtype, label: str) -> Iterator[tuple[str, str, list[Launch]]]:
-    for op, launches in norm_site_launches(channels, dtype, False, CAPABILITIES.get(target)).items():
+    for op, launches in norm_site_launches(channels, dtype, False, target).items():
         yield f"{op}-C{channels}-{label}", target, launches
-    for op, launches in norm_site_launches(channels, dtype, True, CAPABILITIES.get(target)).items():
+    for op, launches in norm_site_launches(channels, dtype, True, target).items():
         if op != "gate-residual":
             # only the second stage knows what is trained
             yield f"{op}-C{channels}-{label}-trained", target, launches[2:]

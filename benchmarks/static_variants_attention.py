@@ -1,6 +1,6 @@
 """Attention launches for the static report, and the budgets that their binaries must keep.
 
-Targets are assumed, not present: the launch tables are asked for the target's row, and the launches are recorded.
+Targets are assumed, not present: the launch table is asked for the target's row, and the launches are recorded.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def attention_launches(target: str, head_dim: int, dtype: torch.dtype, *, tma: b
     """
     q, k, v, do, o = torch.zeros((2, sum(PROBLEM.lengths), 5, 3, head_dim), dtype=dtype).transpose(1, 3).unbind(2)
     lse = torch.zeros(q.shape[:3])
-    answers: dict[str, Any] = {"family": lambda device: target, "precision": _tf32 if tf32 else _ieee}
+    answers: dict[str, Any] = {"precision": _tf32 if tf32 else _ieee}
     if not tma:
         answers["_describable"] = lambda x: False
-    with record_launches() as launches, _assume(**answers):
+    with record_launches(architecture=target) as launches, _assume(**answers):
         launch_fwd(q, k, v, PROBLEM, 0.125)
         launch_bwd(do, None, q, k, v, o, lse, PROBLEM, 0.125, True, True)
     return launches
@@ -84,7 +84,7 @@ def _ieee(x: torch.Tensor) -> str:
 
 @contextlib.contextmanager
 def _assume(**answers: Any) -> Iterator[None]:
-    """Answer the launch tables' questions about the device otherwise than this machine would."""
+    """Answer the kernels' questions about settings and strides otherwise than this machine would."""
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(attention_tiles, name, answer))
@@ -98,7 +98,7 @@ def variants() -> Iterator[tuple[str, str, list[Launch]]]:
             name = f"attention-D{head_dim}-{str(dtype)[6:]}"
             for target in TARGETS:
                 yield name, target, attention_launches(target, head_dim, dtype)
-                if dtype != torch.float32 and target in attention_tiles.TMA_FAMILIES:
+                if dtype != torch.float32 and target in attention_tiles.TMA_ARCHITECTURES:
                     # the delta kernel has no descriptors
                     pointers = attention_launches(target, head_dim, dtype, tma=False)
                     yield f"{name}-pointers", target, [launch for launch in pointers if "delta" not in launch.name]

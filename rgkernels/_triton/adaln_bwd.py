@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rgkernels._triton import launch_table
 from rgkernels._triton.adaln_sums import Needs, Programs, Sums, launch_sums
 from rgkernels._triton.common import (
-    capability,
+    architecture,
     device_guard,
     encode_lengths,
     num_sms,
@@ -32,26 +33,13 @@ from rgkernels._triton.common import (
     sum_pair,
     tile_offsets,
 )
+from rgkernels._triton.launch_table import RowLoop
 
-# Largest BLOCK_C -> (BLOCK_S, num_warps, maxnreg). Not yet measured on a GPU; chosen from register counts of the sm_90 binaries
-# (docs/kernels.md). 128 registers let two programs of 8 warps share a multiprocessor; ptxas takes 179 if allowed, and needs no
-# spill at 128.
-BWD_TABLE = (
-    (128, 16, 8, None),
-    (256, 8, 8, None),
-    (512, 4, 8, None),
-    (1024, 2, 8, None),
-    (2048, 1, 8, None),
-    (4096, 1, 8, 128),
-    (8192, 1, 16, None),
-)
-# compute capability 10: ptxas spills two registers at 128, so 16 warps share a row and one program fills a multiprocessor
-BWD_TABLE_SM100 = tuple((4096, 1, 16, None) if row[0] == 4096 else row for row in BWD_TABLE)
 # Shared memory for rows in flight, per program: two programs fit a multiprocessor of every GPU since sm_80, three on an H100
-BUFFER_BYTES, MAX_STAGES = 64 * 1024, 3
-# Programs per multiprocessor: two hide each other's reductions, one halves the partial sums. Two where each of them still
-# owns at least this many rows, so that the scratch stays under a tenth of the tokens' bytes.
-MIN_ROWS_OF_TWO = 20
+BUFFER_BYTES = 64 * 1024
+# Several programs share a multiprocessor where each of them still owns at least this many rows, so that the scratch stays under
+# a tenth of the tokens' bytes
+MIN_ROWS_SHARED = 20
 
 
 class Site(NamedTuple):
@@ -69,25 +57,22 @@ class Site(NamedTuple):
     rstd: Tensor | None
 
 
-def bwd_config(channels: int, device: torch.device) -> tuple[int, int, int, int | None]:
-    """(BLOCK_C, BLOCK_S, num_warps, maxnreg) of the backward kernel for a hidden size."""
+def bwd_launch(channels: int, device: torch.device, dtype: torch.dtype) -> tuple[int, RowLoop]:
+    """(BLOCK_C, launch) of the backward kernel for a hidden size."""
     block_c = triton.next_power_of_2(channels)
-    for widest, block_s, num_warps, maxnreg in BWD_TABLE_SM100 if capability(device)[0] == 10 else BWD_TABLE:
-        if block_c <= widest:
-            return block_c, block_s, num_warps, maxnreg
-    return block_c, 1, 32, None
+    return block_c, launch_table.find("adaln_bwd", architecture(device), dtype, block_c)
 
 
-def num_stages(row_tensors: int, tile_bytes: int) -> int:
+def num_stages(deepest: int, row_tensors: int, tile_bytes: int) -> int:
     """Depth of the row loop's pipeline: n stages keep n - 1 tiles of every row tensor in shared memory."""
-    return 1 + min(MAX_STAGES - 1, BUFFER_BYTES // (row_tensors * tile_bytes))
+    return 1 + min(deepest - 1, BUFFER_BYTES // (row_tensors * tile_bytes))
 
 
 @functools.lru_cache(maxsize=1024)
-def rows_per_program(lengths: tuple[int, ...], batch: int, sms: int, block_s: int, num_warps: int) -> int:
+def rows_per_program(lengths: tuple[int, ...], batch: int, sms: int, block_s: int, programs_per_sm: int) -> int:
     """Smallest number of rows per program that keeps the programs of all samples and segments resident at once."""
     total = batch * sum(lengths)
-    target = 2 * sms if num_warps <= 8 and total >= 2 * sms * MIN_ROWS_OF_TWO else sms
+    target = max(1, min(programs_per_sm, total // (sms * MIN_ROWS_SHARED))) * sms
     rows = max(block_s, triton.cdiv(total, target))
     # every segment rounds its programs up, so the quotient can be a little small; the longest segment ends the search
     while batch * sum(triton.cdiv(n, rows) for n in lengths) > target and rows < max(lengths):
@@ -239,8 +224,8 @@ def launch_bwd(
     grads = _empty_grads(want, site, upstream, len(lengths))
 
     batch, _, channels = upstream.shape
-    _, block_s, num_warps, _ = bwd_config(channels, upstream.device)
-    rows = rows_per_program(tuple(lengths), batch, num_sms(upstream.device), block_s, num_warps)
+    _, launch = bwd_launch(channels, upstream.device, upstream.dtype)
+    rows = rows_per_program(tuple(lengths), batch, num_sms(upstream.device), launch.block_s, launch.programs_per_sm)
     programs = Programs(tuple(lengths), rows, sum(triton.cdiv(n, rows) for n in lengths))
     partial = None
     if any(sums):
@@ -282,7 +267,7 @@ def _launch_rows(
     sums: Sums,
 ) -> None:
     batch, seq_len, channels = like.shape
-    block_c, block_s, num_warps, maxnreg = bwd_config(channels, like.device)
+    block_c, launch = bwd_launch(channels, like.device, like.dtype)
     # what no wanted gradient needs is not passed: a None pointer is a constexpr, and its loads do not exist
     if site.dnormed is None:
         site = site._replace(x=None, scale=None, weight=None, mean=None, rstd=None)
@@ -325,9 +310,8 @@ def _launch_rows(
         CHANNELS=channels,
         NORM_SUMS=sums.norm,
         GATE_SUM=sums.gate,
-        BLOCK_S=block_s,
+        BLOCK_S=launch.block_s,
         BLOCK_C=block_c,
-        NUM_STAGES=num_stages(row_tensors, block_s * block_c * like.element_size()),
-        num_warps=num_warps,
-        maxnreg=maxnreg,
+        NUM_STAGES=num_stages(launch.num_stages, row_tensors, launch.block_s * block_c * like.element_size()),
+        **launch.options(),
     )

@@ -15,20 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rgkernels._triton.common import device_guard, encode_lengths, rows_contiguous, segment_of, tile_offsets
-
-# Largest BLOCK_C -> (BLOCK_S, num_warps). Not yet measured on a GPU; chosen from register counts and access widths of the
-# sm_90 binaries (docs/kernels.md). Wide rows: two rows per program, so that they share the modulation loads and the barriers.
-FWD_TABLE = ((128, 16, 4), (256, 8, 4), (512, 4, 4), (1024, 4, 4), (2048, 2, 4), (4096, 2, 4), (8192, 1, 8), (16384, 1, 16))
-
-
-def fwd_config(channels: int) -> tuple[int, int, int]:
-    """(BLOCK_C, BLOCK_S, num_warps) of the forward kernel for a hidden size."""
-    block_c = triton.next_power_of_2(channels)
-    for widest, block_s, num_warps in FWD_TABLE:
-        if block_c <= widest:
-            return block_c, block_s, num_warps
-    return block_c, 1, 32
+from rgkernels._triton import launch_table
+from rgkernels._triton.common import architecture, device_guard, encode_lengths, rows_contiguous, segment_of, tile_offsets
 
 
 @triton.jit
@@ -150,8 +138,9 @@ def launch_fwd(
     if x.numel() == 0:
         return res, normed, mean, rstd
 
-    block_c, block_s, num_warps = fwd_config(channels)
-    tiles = sum(triton.cdiv(n, block_s) for n in lengths)
+    block_c = triton.next_power_of_2(channels)
+    launch = launch_table.find("adaln_fwd", architecture(x.device), x.dtype, block_c)
+    tiles = sum(triton.cdiv(n, launch.block_s) for n in lengths)
     with device_guard(x):
         _adaln_fwd_kernel[(batch * tiles,)](
             res_ptr=res,
@@ -180,8 +169,8 @@ def launch_fwd(
             stride_scale_g=0 if scale is None else scale.stride(1),
             eps=eps,
             CHANNELS=channels,
-            BLOCK_S=block_s,
+            BLOCK_S=launch.block_s,
             BLOCK_C=block_c,
-            num_warps=num_warps,
+            **launch.options(),
         )
     return res, normed, mean, rstd

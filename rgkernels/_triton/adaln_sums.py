@@ -14,12 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rgkernels._triton.common import add_partials, encode_lengths, programs_of
-
-# Launch constants, not yet measured on a GPU: tiles of partial rows x columns; the column width spreads C = 1920 and 3072 with
-# three segments over 90 and 144 programs
-REDUCE_BLOCK_P, REDUCE_BLOCK_C, REDUCE_WARPS = 32, 64, 4
-AFFINE_BLOCK_P, AFFINE_BLOCK_C, AFFINE_WARPS = 8, 128, 4
+from rgkernels._triton import launch_table
+from rgkernels._triton.common import add_partials, architecture, encode_lengths, programs_of
 
 
 class Needs(NamedTuple):
@@ -149,8 +145,10 @@ def launch_sums(
     channels, sites = partial.shape[2], batch * len(programs.lengths)
     affine = grads["weight"] is not None or grads["bias"] is not None
     site_sums = torch.empty((sites, 2, channels), dtype=torch.float32, device=partial.device) if affine else None
+    arch, width = architecture(partial.device), triton.next_power_of_2(channels)
     if sites:
-        _adaln_bwd_reduce_kernel[(sites * triton.cdiv(channels, REDUCE_BLOCK_C),)](
+        launch = launch_table.find("adaln_bwd_reduce", arch, partial.dtype, width)
+        _adaln_bwd_reduce_kernel[(sites * triton.cdiv(channels, launch.block_c),)](
             dshift_ptr=grads["shift"],
             dscale_ptr=grads["scale"],
             dgate_ptr=grads["gate"],
@@ -164,13 +162,14 @@ def launch_sums(
             CHANNELS=channels,
             NORM_SUMS=sums.norm,
             GATE_SUM=sums.gate,
-            BLOCK_P=REDUCE_BLOCK_P,
-            BLOCK_C=REDUCE_BLOCK_C,
-            num_warps=REDUCE_WARPS,
+            BLOCK_P=launch.block_p,
+            BLOCK_C=launch.block_c,
+            **launch.options(),
         )
     if affine:
         assert scale is not None
-        _adaln_bwd_affine_kernel[(triton.cdiv(channels, AFFINE_BLOCK_C),)](
+        launch = launch_table.find("adaln_bwd_affine", arch, partial.dtype, width)
+        _adaln_bwd_affine_kernel[(triton.cdiv(channels, launch.block_c),)](
             dweight_ptr=grads["weight"],
             dbias_ptr=grads["bias"],
             sums_ptr=site_sums,
@@ -180,7 +179,7 @@ def launch_sums(
             stride_scale_g=scale.stride(1),
             CHANNELS=channels,
             SEGMENTS=len(programs.lengths),
-            BLOCK_P=AFFINE_BLOCK_P,
-            BLOCK_C=AFFINE_BLOCK_C,
-            num_warps=AFFINE_WARPS,
+            BLOCK_P=launch.block_p,
+            BLOCK_C=launch.block_c,
+            **launch.options(),
         )

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rgkernels._triton import launch_table
 from rgkernels._triton.attention_schedule import Problem, schedule
 from rgkernels._triton.attention_tiles import (
     LOG2_E,
@@ -29,10 +30,7 @@ from rgkernels._triton.attention_tiles import (
     tiles_for,
     use_tma,
 )
-from rgkernels._triton.common import device_guard, empty_in_memory_order, rows_contiguous
-
-# rows per program of the delta pass, which only streams
-DELTA_ROWS = 64
+from rgkernels._triton.common import architecture, device_guard, empty_in_memory_order, rows_contiguous
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_heads", "num_rows", "stride_dlseb", "stride_dlseh", "stride_dlses"])
@@ -311,7 +309,8 @@ def _launch_delta(do: Tensor, dlse: Tensor | None, o: Tensor) -> Tensor:
     delta = torch.empty((batch, heads, num_rows), dtype=torch.float32, device=o.device)
     if delta.numel() == 0:
         return delta
-    num_blocks = triton.cdiv(num_rows, DELTA_ROWS)
+    launch = launch_table.find("attn_bwd_delta", architecture(o.device), o.dtype, padded(head_dim))
+    num_blocks = triton.cdiv(num_rows, launch.block_s)
     with device_guard(o):
         _attn_bwd_delta_kernel[(batch * heads * num_blocks,)](
             delta_ptr=delta,
@@ -324,8 +323,9 @@ def _launch_delta(do: Tensor, dlse: Tensor | None, o: Tensor) -> Tensor:
             **strides(o=o, do=do, dlse=delta if dlse is None else dlse),
             HEAD_DIM=head_dim,
             BLOCK_D=padded(head_dim),
-            BLOCK_M=DELTA_ROWS,
+            BLOCK_M=launch.block_s,
             HAS_DLSE=dlse is not None,
+            **launch.options(),
         )
     return delta
 
@@ -336,7 +336,7 @@ def _launch_dkdv(
     batch, heads, num_rows, _ = q.shape
     dk, dv = empty_in_memory_order(k), empty_in_memory_order(v)
     tma = use_tma(q, do)
-    tiles = tiles_for("dkdv", q, tma)
+    tiles = tiles_for("attn_bwd_dkdv", q, tma)
     work = schedule(problem, tiles.block_n, q.device, by_key=True)
     if batch * heads * work.num_tiles == 0:
         return dk, dv
@@ -372,7 +372,7 @@ def _launch_dq(
     batch, heads, num_rows, _ = q.shape
     dq = empty_in_memory_order(q)
     tma = use_tma(k, v)
-    tiles = tiles_for("dq", q, tma)
+    tiles = tiles_for("attn_bwd_dq", q, tma)
     work = schedule(problem, tiles.block_m, q.device)
     if batch * heads * work.num_tiles == 0:
         return dq

@@ -144,7 +144,7 @@ def launch_fwd(q: Tensor, k: Tensor, v: Tensor, problem: Problem, softmax_scale:
     o = empty_in_memory_order(q)
     lse = torch.empty((batch, heads, num_rows), dtype=torch.float32, device=q.device)
     tma = use_tma(k, v)
-    tiles = tiles_for("fwd", q, tma)
+    tiles = tiles_for("attn_fwd", q, tma)
     work = schedule(problem, tiles.block_m, q.device)
     if batch * heads * work.num_tiles == 0:
         return o, lse

@@ -1,6 +1,6 @@
-"""What the attention kernels share: launch tables, the rule for tensor descriptors, and loading rows."""
+"""What the attention kernels share: the rule for tensor descriptors, arguments of a launch, and loading rows."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -8,105 +8,25 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rgkernels._triton import launch_table
+from rgkernels._triton.common import architecture
+from rgkernels._triton.launch_table import ScoreTile
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 HEAD_DIMS = (32, 64, 96, 128)
 
-# architectures with a tensor memory accelerator and warp-group matrix instructions that read what it loads
-TMA_FAMILIES = ("sm_90", "sm_100", "interpreter")
+# with a tensor memory accelerator and warp-group matrix instructions that read what it loads
+TMA_ARCHITECTURES = ("sm_90", "sm_100", "interpreter")
 
 
-class Tiles(NamedTuple):
-    """One launch: tile sizes, and how the compiler is to build it.
-
-    Args:
-        block_m: Query rows per tile.
-        block_n: Keys per tile.
-        tail: Rows per step at the ragged end of a range. Small steps need few registers, and the kernel has as many as its
-            hungriest part.
-        num_warps: Warps per program.
-        num_stages: Tiles in flight.
-        maxnreg: Cap on registers per thread: where a few fewer let one more program run on a multiprocessor, or (255, the
-            hardware's own) where ptxas would spill to reach an occupancy that it prefers.
-    """
-
-    block_m: int
-    block_n: int
-    tail: int
-    num_warps: int
-    num_stages: int
-    maxnreg: int | None = None
-
-    def launch_options(self) -> dict[str, int]:
-        """Keyword arguments of a kernel launch."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
-
-
-# Not yet measured on a GPU: chosen from ptxas' register, spill and shared-memory counts (docs/kernels-attention.md).
-# TABLE[kernel][row][padded head size]
-_EVERY_HEAD = (32, 64, 128)
-TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
-    "fwd": {
-        "sm_80": {32: Tiles(128, 64, 32, 8, 3), 64: Tiles(128, 64, 32, 8, 3), 128: Tiles(128, 32, 16, 8, 3)},
-        # head size 64: 128 registers let two programs of 8 warps share a multiprocessor, one computing exp while one multiplies
-        "sm_90": {32: Tiles(128, 64, 32, 8, 3), 64: Tiles(128, 64, 32, 8, 3, maxnreg=128), 128: Tiles(128, 64, 32, 8, 3)},
-        "sm_100": {32: Tiles(128, 64, 32, 8, 3), 64: Tiles(128, 64, 32, 8, 3), 128: Tiles(128, 64, 32, 8, 2)},
-        "gfx942": dict.fromkeys(_EVERY_HEAD, Tiles(128, 64, 32, 4, 1)),
-        "float32": {
-            **dict.fromkeys((32, 64), Tiles(32, 32, 16, 4, 1, maxnreg=255)),
-            128: Tiles(16, 16, 16, 4, 1, maxnreg=255),
-        },
-        "gfx942-float32": {**dict.fromkeys((32, 64), Tiles(32, 32, 16, 4, 1)), 128: Tiles(32, 16, 16, 4, 1)},
-        "interpreter": dict.fromkeys(_EVERY_HEAD, Tiles(64, 32, 16, 4, 1)),
-    },
-    "dkdv": {
-        "sm_80": {32: Tiles(64, 64, 32, 4, 3), 64: Tiles(32, 128, 16, 8, 3), 128: Tiles(64, 64, 16, 8, 2)},
-        "sm_90": {32: Tiles(64, 128, 32, 8, 3), 64: Tiles(64, 128, 32, 8, 3), 128: Tiles(32, 64, 16, 8, 2)},
-        "sm_100": {32: Tiles(64, 64, 16, 4, 3, maxnreg=168), 64: Tiles(64, 128, 32, 8, 2), 128: Tiles(32, 64, 16, 8, 2)},
-        "gfx942": {32: Tiles(32, 64, 16, 4, 1), 64: Tiles(64, 64, 16, 4, 1), 128: Tiles(32, 64, 16, 4, 1)},
-        "float32": {
-            32: Tiles(32, 32, 16, 4, 1, maxnreg=255),
-            64: Tiles(16, 32, 16, 4, 1, maxnreg=255),
-            128: Tiles(16, 16, 16, 4, 1, maxnreg=255),
-        },
-        "gfx942-float32": {**dict.fromkeys((32, 64), Tiles(32, 32, 16, 4, 1)), 128: Tiles(16, 16, 16, 4, 1)},
-        "interpreter": dict.fromkeys(_EVERY_HEAD, Tiles(32, 64, 16, 4, 1)),
-    },
-    "dq": {
-        "sm_80": {32: Tiles(128, 64, 16, 8, 2, maxnreg=168), 64: Tiles(128, 64, 16, 8, 3), 128: Tiles(128, 32, 16, 8, 2)},
-        "sm_90": {32: Tiles(128, 64, 32, 8, 3), 64: Tiles(128, 64, 32, 8, 3, maxnreg=128), 128: Tiles(128, 64, 16, 8, 2)},
-        "sm_100": {32: Tiles(128, 64, 32, 8, 2, maxnreg=128), 64: Tiles(128, 64, 32, 8, 2), 128: Tiles(128, 64, 16, 8, 2)},
-        "gfx942": dict.fromkeys(_EVERY_HEAD, Tiles(64, 64, 16, 4, 1)),
-        "float32": {
-            **dict.fromkeys((32, 64), Tiles(32, 32, 16, 4, 1, maxnreg=255)),
-            128: Tiles(16, 16, 16, 4, 1, maxnreg=255),
-        },
-        "gfx942-float32": {**dict.fromkeys((32, 64), Tiles(32, 32, 16, 4, 1)), 128: Tiles(16, 16, 16, 4, 1)},
-        "interpreter": dict.fromkeys(_EVERY_HEAD, Tiles(64, 32, 16, 4, 1)),
-    },
-}
-
-
-def family(device: torch.device) -> str:
-    """The architecture family of a device, as the launch tables name it."""
-    if device.type != "cuda":
-        return "interpreter"
-    if torch.version.hip is not None:
-        return "gfx942"
-    # consumer Blackwell (12.x) has the multiprocessor of 8.x: synchronous matrix instructions, 99 KiB of shared memory
-    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
-
-
-def tiles_for(kernel: str, q: Tensor, tma: bool) -> Tiles:
-    """Look up the launch of "fwd", "dkdv" or "dq" for the device, dtype and head size of `q`."""
-    name = family(q.device)
-    if q.dtype == torch.float32 and name != "interpreter":
-        name = "gfx942-float32" if name == "gfx942" else "float32"
-    tiles = TABLE[kernel][name][padded(q.shape[-1])]
-    # rows of these families fit loads by descriptors; pointers need registers of their own
-    return tiles._replace(maxnreg=255) if name in TMA_FAMILIES and not tma else tiles
+def tiles_for(kernel: str, q: Tensor, tma: bool) -> ScoreTile:
+    """The launch of "attn_fwd", "attn_bwd_dkdv" or "attn_bwd_dq" for the device, dtype and head size of `q`."""
+    arch = architecture(q.device)
+    tiles: ScoreTile = launch_table.find(kernel, arch, q.dtype, padded(q.shape[-1]))
+    # rows of these architectures fit loads by descriptors; pointers need registers of their own
+    return tiles._replace(maxnreg=255) if arch in TMA_ARCHITECTURES and q.dtype != torch.float32 and not tma else tiles
 
 
 def padded(head_dim: int) -> int:
@@ -126,7 +46,7 @@ def use_tma(*tensors: Tensor) -> bool:
     The hardware asks for a 16-byte aligned base and strides that are positive multiples of 16 bytes; expanded tensors (stride
     0) are read by pointers. float32 has no use for it: its products do not read shared memory directly.
     """
-    if family(tensors[0].device) not in TMA_FAMILIES or tensors[0].dtype == torch.float32:
+    if architecture(tensors[0].device) not in TMA_ARCHITECTURES or tensors[0].dtype == torch.float32:
         return False
     return all(_describable(x) for x in tensors)
 
@@ -152,7 +72,7 @@ def strides(**tensors: Tensor) -> dict[str, int]:
     }
 
 
-def sizes(x: Tensor, tiles: Tiles) -> dict[str, Any]:
+def sizes(x: Tensor, tiles: ScoreTile) -> dict[str, Any]:
     """Kernel arguments that every attention kernel takes: head and tile sizes."""
     return {
         "HEAD_DIM": x.shape[-1],
@@ -161,7 +81,7 @@ def sizes(x: Tensor, tiles: Tiles) -> dict[str, Any]:
         "BLOCK_N": tiles.block_n,
         "BLOCK_TAIL": tiles.tail,
         "PRECISION": precision(x),
-        **tiles.launch_options(),
+        **tiles.options(),
     }
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 # "multiprocessors" where there is no GPU: few, so that the interpreter's tests walk loops of several rows per program
 INTERPRETER_SMS = 4
-# and the architecture whose launch tables the interpreter takes
-INTERPRETER_CAPABILITY = (9, 0)
+# and the architecture whose launches it takes
+INTERPRETER_ARCHITECTURE = "interpreter"
 
 
 def device_guard(x: Tensor) -> contextlib.AbstractContextManager:
@@ -32,11 +32,14 @@ def num_sms(device: torch.device) -> int:
 
 
 @functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability, such as (9, 0); asked once per device, at the first launch and never at import."""
+def architecture(device: torch.device) -> str:
+    """The architecture of a device, as the launch table names it; asked once per device, at the first launch, not at import."""
     if device.type != "cuda":
-        return INTERPRETER_CAPABILITY
-    return torch.cuda.get_device_capability(device)
+        return INTERPRETER_ARCHITECTURE
+    if torch.version.hip is not None:
+        return "gfx942"
+    # consumer Blackwell (12.x) has the multiprocessor of 8.x: synchronous matrix instructions, 99 KiB of shared memory
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 
 
 def check_not_float64(op: str, x: Tensor) -> None:

@@ -17,29 +17,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rgkernels._triton import launch_table
 from rgkernels._triton.common import (
     add_partials,
+    architecture,
     device_guard,
     empty_in_memory_order,
     num_sms,
     rows_contiguous,
 )
 from rgkernels._triton.qk_norm_rope_fwd import (
-    NUM_WARPS,
     exchange_pairs,
     load_table,
     load_vector,
     normalise_heads,
     strides,
     tile_index,
+    tile_launch,
     tile_pointers,
-    tile_shape,
 )
 
-# Launch constants, not yet measured on a GPU: resident programs per multiprocessor by the sm_90 register counts (77 without,
-# 128 with parameter sums), each walking many tiles, and the depth of its software pipeline
-PROGRAMS_PER_SM, PROGRAMS_PER_SM_SUMS, NUM_STAGES = 3, 2, 2
-REDUCE_BLOCK_P, REDUCE_WARPS = 128, 8
+# with parameter sums the kernel needs more registers, and fewer of its programs fit a multiprocessor
+KERNEL, KERNEL_TRAINED = "qk_norm_rope_bwd", "qk_norm_rope_bwd_trained"
 
 
 class Needs(NamedTuple):
@@ -271,10 +270,9 @@ def launch_bwd(
         grads["k"] = empty_in_memory_order(k)
     grads |= {name: torch.empty_like(p) for name, p in affine.items() if p is not None and getattr(want, name)}
 
-    block_s, block_h, block_d = tile_shape(q.shape[1], q.shape[3])
+    launch, (block_s, block_h, block_d) = tile_launch(KERNEL_TRAINED if q_sums or k_sums else KERNEL, q)
     tiles = q.shape[0] * triton.cdiv(q.shape[2], block_s) * triton.cdiv(q.shape[1], block_h)
-    per_sm = PROGRAMS_PER_SM_SUMS if q_sums or k_sums else PROGRAMS_PER_SM
-    programs = min(tiles, per_sm * num_sms(q.device)) if q.numel() else 0
+    programs = min(tiles, launch.programs_per_sm * num_sms(q.device)) if q.numel() else 0
     partial = None
     if q_sums or k_sums:
         shape = (programs, 2 * q_sums + 2 * k_sums, q.shape[3])
@@ -283,6 +281,7 @@ def launch_bwd(
         if programs and (dq_out is not None or dk_out is not None):
             _launch_tiles(grads, partial, dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, rope_start, eps, programs, want)
         if partial is not None:
+            reduce = launch_table.find("qk_norm_rope_bwd_reduce", architecture(q.device), q.dtype, block_d)
             _qk_norm_rope_bwd_reduce_kernel[(2 * q_sums + 2 * k_sums,)](
                 dq_weight_ptr=grads.get("q_weight"),
                 dq_bias_ptr=grads.get("q_bias"),
@@ -293,9 +292,9 @@ def launch_bwd(
                 HEAD_DIM=q.shape[3],
                 Q_SUMS=q_sums,
                 K_SUMS=k_sums,
-                BLOCK_P=REDUCE_BLOCK_P,
+                BLOCK_P=reduce.block_s,
                 BLOCK_D=block_d,
-                num_warps=REDUCE_WARPS,
+                **reduce.options(),
             )
     return list(grads.values())
 
@@ -318,7 +317,8 @@ def _launch_tiles(
 ) -> None:
     """First stage: token gradients, and a float32 row of parameter sums per program."""
     batch, heads, seq_len, head_dim = q.shape
-    block_s, block_h, block_d = tile_shape(heads, head_dim)
+    q_sums, k_sums = want.q_weight or want.q_bias, want.k_weight or want.k_bias
+    launch, (block_s, block_h, block_d) = tile_launch(KERNEL_TRAINED if q_sums or k_sums else KERNEL, q)
     tiles_s, tiles_h = triton.cdiv(seq_len, block_s), triton.cdiv(heads, block_h)
     dq_out, dk_out, cos, sin = (None if x is None else rows_contiguous(x) for x in (dq_out, dk_out, cos, sin))
     q, k = rows_contiguous(q), rows_contiguous(k)
@@ -365,11 +365,11 @@ def _launch_tiles(
         stride_sin_s=0 if sin is None else sin.stride(0),
         eps=eps,
         HEAD_DIM=head_dim,
-        Q_SUMS=want.q_weight or want.q_bias,
-        K_SUMS=want.k_weight or want.k_bias,
+        Q_SUMS=q_sums,
+        K_SUMS=k_sums,
         BLOCK_S=block_s,
         BLOCK_H=block_h,
         BLOCK_D=block_d,
-        NUM_STAGES=NUM_STAGES,
-        num_warps=NUM_WARPS,
+        NUM_STAGES=launch.num_stages,
+        **launch.options(),
     )

@@ -11,19 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rgkernels._triton.common import device_guard, empty_in_memory_order, rows_contiguous
-
-# Launch table, not yet measured on a GPU; chosen from register counts and access widths of the sm_90 binaries
-# (docs/kernels.md): elements of q (and as many of k) per tile, heads per tile at most, warps. 8 warps x 32 lanes x 8 elements
-# cover a tile with one 16-byte access per lane, and then the cosines need no exchange between warps: no barrier at all.
-TILE, MAX_BLOCK_H, NUM_WARPS = 2048, 16, 8
+from rgkernels._triton import launch_table
+from rgkernels._triton.common import architecture, device_guard, empty_in_memory_order, rows_contiguous
+from rgkernels._triton.launch_table import HeadTile
 
 
-def tile_shape(heads: int, head_dim: int) -> tuple[int, int, int]:
-    """(BLOCK_S, BLOCK_H, BLOCK_D) for a number of heads and a head size."""
+def tile_launch(kernel: str, q: Tensor) -> tuple[HeadTile, tuple[int, int, int]]:
+    """The launch of one of the two kernels, and its (BLOCK_S, BLOCK_H, BLOCK_D)."""
+    heads, head_dim = q.shape[1], q.shape[3]
     block_d = triton.next_power_of_2(head_dim)
-    block_h = min(triton.next_power_of_2(heads), MAX_BLOCK_H)
-    return max(1, min(16, TILE // (block_h * block_d))), block_h, block_d
+    launch = launch_table.find(kernel, architecture(q.device), q.dtype, block_d)
+    block_h = min(triton.next_power_of_2(heads), launch.max_heads)
+    return launch, (max(1, min(16, launch.elements // (block_h * block_d))), block_h, block_d)
 
 
 @triton.jit
@@ -172,7 +171,7 @@ def launch_fwd(
         return q_out, k_out
     q, k = rows_contiguous(q), rows_contiguous(k)
     cos, sin = (None if table is None else rows_contiguous(table) for table in (cos, sin))
-    block_s, block_h, block_d = tile_shape(heads, head_dim)
+    launch, (block_s, block_h, block_d) = tile_launch("qk_norm_rope_fwd", q)
     tiles_s, tiles_h = triton.cdiv(seq_len, block_s), triton.cdiv(heads, block_h)
     stride_q_out, stride_k_out, stride_q, stride_k = map(strides, (q_out, k_out, q, k))
     with device_guard(q):
@@ -211,6 +210,6 @@ def launch_fwd(
             BLOCK_S=block_s,
             BLOCK_H=block_h,
             BLOCK_D=block_d,
-            num_warps=NUM_WARPS,
+            **launch.options(),
         )
     return q_out, k_out

@@ -1,0 +1,143 @@
+"""Launch parameters of every kernel, as data; see `launch_table.py` for how a row is found and what fields mean.
+
+A key is (architecture, dtype, size class); 1048576 is Triton's widest block. `python -m benchmarks.tune` writes this file anew,
+with the measurement behind each row that it looked at. Rows without one were chosen from counts of registers, spills and shared
+memory in binaries (docs/kernels.md, docs/kernels-attention.md).
+"""
+
+from typing import Any
+
+Key = tuple[str, str, int]
+
+LAUNCHES: dict[str, dict[Key, tuple[int | None, ...]]] = {
+    # block_s, num_warps
+    "adaln_fwd": {
+        ("any", "any", 128): (16, 4),
+        ("any", "any", 256): (8, 4),
+        ("any", "any", 512): (4, 4),
+        ("any", "any", 1024): (4, 4),
+        ("any", "any", 2048): (2, 4),
+        ("any", "any", 4096): (2, 4),
+        ("any", "any", 8192): (1, 8),
+        ("any", "any", 16384): (1, 16),
+        ("any", "any", 1048576): (1, 32),
+    },
+    # block_s, num_warps, num_stages, programs_per_sm, maxnreg
+    "adaln_bwd": {
+        ("any", "any", 128): (16, 8, 3, 2, None),
+        ("any", "any", 256): (8, 8, 3, 2, None),
+        ("any", "any", 512): (4, 8, 3, 2, None),
+        ("any", "any", 1024): (2, 8, 3, 2, None),
+        ("any", "any", 2048): (1, 8, 3, 2, None),
+        ("any", "any", 4096): (1, 8, 3, 2, 128),
+        ("any", "any", 8192): (1, 16, 3, 1, None),
+        ("any", "any", 1048576): (1, 32, 3, 1, None),
+        ("sm_100", "any", 4096): (1, 16, 3, 1, None),
+    },
+    # block_p, block_c, num_warps
+    "adaln_bwd_reduce": {
+        ("any", "any", 1048576): (32, 64, 4),
+    },
+    # block_p, block_c, num_warps
+    "adaln_bwd_affine": {
+        ("any", "any", 1048576): (8, 128, 4),
+    },
+    # elements, max_heads, num_warps, num_stages, programs_per_sm
+    "qk_norm_rope_fwd": {
+        ("any", "any", 64): (2048, 16, 8, 1, 1),
+        ("any", "any", 1048576): (2048, 16, 8, 1, 1),
+    },
+    # elements, max_heads, num_warps, num_stages, programs_per_sm
+    "qk_norm_rope_bwd": {
+        ("any", "any", 64): (2048, 16, 8, 2, 3),
+        ("any", "any", 1048576): (2048, 16, 8, 2, 3),
+    },
+    # elements, max_heads, num_warps, num_stages, programs_per_sm
+    "qk_norm_rope_bwd_trained": {
+        ("any", "any", 64): (2048, 16, 8, 2, 2),
+        ("any", "any", 1048576): (2048, 16, 8, 2, 2),
+    },
+    # block_s, num_warps
+    "qk_norm_rope_bwd_reduce": {
+        ("any", "any", 1048576): (128, 8),
+    },
+    # block_m, block_n, tail, num_warps, num_stages, maxnreg
+    "attn_fwd": {
+        ("sm_80", "half", 32): (128, 64, 32, 8, 3, None),
+        ("sm_80", "half", 64): (128, 64, 32, 8, 3, None),
+        ("sm_80", "half", 128): (128, 32, 16, 8, 3, None),
+        ("sm_90", "half", 32): (128, 64, 32, 8, 3, None),
+        ("sm_90", "half", 64): (128, 64, 32, 8, 3, 128),
+        ("sm_90", "half", 128): (128, 64, 32, 8, 3, None),
+        ("sm_100", "half", 32): (128, 64, 32, 8, 3, None),
+        ("sm_100", "half", 64): (128, 64, 32, 8, 3, None),
+        ("sm_100", "half", 128): (128, 64, 32, 8, 2, None),
+        ("gfx942", "half", 32): (128, 64, 32, 4, 1, None),
+        ("gfx942", "half", 64): (128, 64, 32, 4, 1, None),
+        ("gfx942", "half", 128): (128, 64, 32, 4, 1, None),
+        ("any", "float32", 32): (32, 32, 16, 4, 1, 255),
+        ("any", "float32", 64): (32, 32, 16, 4, 1, 255),
+        ("any", "float32", 128): (16, 16, 16, 4, 1, 255),
+        ("gfx942", "float32", 32): (32, 32, 16, 4, 1, None),
+        ("gfx942", "float32", 64): (32, 32, 16, 4, 1, None),
+        ("gfx942", "float32", 128): (32, 16, 16, 4, 1, None),
+        ("interpreter", "any", 32): (64, 32, 16, 4, 1, None),
+        ("interpreter", "any", 64): (64, 32, 16, 4, 1, None),
+        ("interpreter", "any", 128): (64, 32, 16, 4, 1, None),
+    },
+    # block_m, block_n, tail, num_warps, num_stages, maxnreg
+    "attn_bwd_dkdv": {
+        ("sm_80", "half", 32): (64, 64, 32, 4, 3, None),
+        ("sm_80", "half", 64): (32, 128, 16, 8, 3, None),
+        ("sm_80", "half", 128): (64, 64, 16, 8, 2, None),
+        ("sm_90", "half", 32): (64, 128, 32, 8, 3, None),
+        ("sm_90", "half", 64): (64, 128, 32, 8, 3, None),
+        ("sm_90", "half", 128): (32, 64, 16, 8, 2, None),
+        ("sm_100", "half", 32): (64, 64, 16, 4, 3, 168),
+        ("sm_100", "half", 64): (64, 128, 32, 8, 2, None),
+        ("sm_100", "half", 128): (32, 64, 16, 8, 2, None),
+        ("gfx942", "half", 32): (32, 64, 16, 4, 1, None),
+        ("gfx942", "half", 64): (64, 64, 16, 4, 1, None),
+        ("gfx942", "half", 128): (32, 64, 16, 4, 1, None),
+        ("any", "float32", 32): (32, 32, 16, 4, 1, 255),
+        ("any", "float32", 64): (16, 32, 16, 4, 1, 255),
+        ("any", "float32", 128): (16, 16, 16, 4, 1, 255),
+        ("gfx942", "float32", 32): (32, 32, 16, 4, 1, None),
+        ("gfx942", "float32", 64): (32, 32, 16, 4, 1, None),
+        ("gfx942", "float32", 128): (16, 16, 16, 4, 1, None),
+        ("interpreter", "any", 32): (32, 64, 16, 4, 1, None),
+        ("interpreter", "any", 64): (32, 64, 16, 4, 1, None),
+        ("interpreter", "any", 128): (32, 64, 16, 4, 1, None),
+    },
+    # block_m, block_n, tail, num_warps, num_stages, maxnreg
+    "attn_bwd_dq": {
+        ("sm_80", "half", 32): (128, 64, 16, 8, 2, 168),
+        ("sm_80", "half", 64): (128, 64, 16, 8, 3, None),
+        ("sm_80", "half", 128): (128, 32, 16, 8, 2, None),
+        ("sm_90", "half", 32): (128, 64, 32, 8, 3, None),
+        ("sm_90", "half", 64): (128, 64, 32, 8, 3, 128),
+        ("sm_90", "half", 128): (128, 64, 16, 8, 2, None),
+        ("sm_100", "half", 32): (128, 64, 32, 8, 2, 128),
+        ("sm_100", "half", 64): (128, 64, 32, 8, 2, None),
+        ("sm_100", "half", 128): (128, 64, 16, 8, 2, None),
+        ("gfx942", "half", 32): (64, 64, 16, 4, 1, None),
+        ("gfx942", "half", 64): (64, 64, 16, 4, 1, None),
+        ("gfx942", "half", 128): (64, 64, 16, 4, 1, None),
+        ("any", "float32", 32): (32, 32, 16, 4, 1, 255),
+        ("any", "float32", 64): (32, 32, 16, 4, 1, 255),
+        ("any", "float32", 128): (16, 16, 16, 4, 1, 255),
+        ("gfx942", "float32", 32): (32, 32, 16, 4, 1, None),
+        ("gfx942", "float32", 64): (32, 32, 16, 4, 1, None),
+        ("gfx942", "float32", 128): (16, 16, 16, 4, 1, None),
+        ("interpreter", "any", 32): (64, 32, 16, 4, 1, None),
+        ("interpreter", "any", 64): (64, 32, 16, 4, 1, None),
+        ("interpreter", "any", 128): (64, 32, 16, 4, 1, None),
+    },
+    # block_s, num_warps
+    "attn_bwd_delta": {
+        ("any", "any", 1048576): (64, 4),
+    },
+}
+
+# milliseconds are medians: of the row before, and of this row
+MEASURED: dict[str, dict[Key, dict[str, Any]]] = {}
