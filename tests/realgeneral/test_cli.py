@@ -98,7 +98,8 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     """The error lists the commands."""
     assert main(["trian"]) == 2
     err = capsys.readouterr().err
-    assert err == "realgeneral: command must be one of ['demo', 'train', 'generate', 'evaluate'], got 'trian'\n"
+    commands = ["demo", "check-data", "precompute", "train", "generate", "evaluate"]
+    assert err == f"realgeneral: command must be one of {commands}, got 'trian'\n"
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "generate", "evaluate"])
