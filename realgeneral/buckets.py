@@ -6,6 +6,7 @@ and each full list is a batch; a list that is left over is filled up with rows o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -138,7 +139,8 @@ def _save(path: Path, table: np.ndarray) -> None:
         os.replace(partial, path)
     except OSError as error:
         print(f"picture sizes are not kept, next time they are read again: {error}")
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def epoch_order(blocks: Sequence[Block], seed: int, epoch: int) -> list[int]:

@@ -46,7 +46,7 @@ class RowWork:
     bad: dict[str, str] = field(default_factory=dict)
     prompt: str | None = None
     problem: str | None = None
-    known: int = 0
+    known: list[str] = field(default_factory=list)
 
 
 class RowsToEncode(Dataset[RowWork]):
@@ -67,7 +67,7 @@ class RowsToEncode(Dataset[RowWork]):
                 if key in self.store.bad:
                     work.bad[key] = self.store.bad[key]
                 elif key in self.store:
-                    work.known += 1
+                    work.known.append(key)
                 elif key not in work.pixels and key not in work.bad:
                     self._make(part, key, work)
         except Failure as error:
@@ -145,7 +145,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
                 raise Failure(row.problem)
             print(f"bad row: {row.problem}", flush=True)
     writer.flush()
-    return {"encoded": writer.written, "kept": encoder.kept, "rows": len(rows), "bad": bad}
+    return {"encoded": writer.written, "kept": len(encoder.used) - writer.written, "rows": len(rows), "bad": bad}
 
 
 class _Encoder:
@@ -154,18 +154,17 @@ class _Encoder:
     def __init__(self, pipe: Any, writer: StoreWriter, device: torch.device) -> None:
         self.pipe, self.writer, self.device = pipe, writer, device
         self.texts = TextCache(pipe, capacity_bytes=0)
-        self.kept = 0
+        self.used: set[str] = set()
 
     def text(self, prompt: str) -> None:
         key = self.writer.store.text_key(prompt)
-        if key in self.writer:
-            self.kept += 1
-        else:
+        self.used.add(key)
+        if key not in self.writer:
             self.writer.add(key, self.texts([prompt])[0])
 
     @torch.no_grad()
     def row(self, row: RowWork) -> None:
-        self.kept += row.known
+        self.used.update(row.known, row.pixels)
         if row.prompt is not None:
             self.text(row.prompt)
         for key, pixels in row.pixels.items():

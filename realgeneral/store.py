@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from realgeneral.errors import Failure, UsageError
@@ -251,7 +251,7 @@ class StoreWriter:
         partial = path.with_suffix(".partial")
         try:
             if self.tensors:
-                save_file(self.tensors, partial)
+                partial.write_bytes(save(self.tensors))  # save_file makes files that only their owner can read
                 os.replace(partial, path)
             entries = {key: checksum(tensor) for key, tensor in self.tensors.items()}
             size = path.stat().st_size if self.tensors else 0
