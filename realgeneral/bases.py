@@ -73,9 +73,9 @@ def load_for_data(base: str) -> RealGeneralPipeline:
 def load_pipeline(base: str, dtype: torch.dtype, **parts: Any) -> RealGeneralPipeline:
     """A base, or the rest of it beside given `parts`: VAE and text encoder frozen, the VAE folded to single frames."""
     pipe = RealGeneralPipeline.from_pretrained(base, dtype=dtype, **parts)
+    fold_single_frame(pipe.vae)
     for module in (pipe.vae, pipe.text_encoder):
         module.requires_grad_(False).eval()
-    fold_single_frame(pipe.vae)
     return pipe
 
 

@@ -60,7 +60,7 @@ def picture_size(source: str | os.PathLike[str] | bytes, name: str | None = None
         Failure: Missing, not an image, or more than MAX_PIXELS pixels. A truncated one may still have its header.
     """
     with _opened(source, name) as picture:
-        # getexif() of a PNG without an eXIf chunk before its pixels would decode it to look behind them; Pillow turns TIFF itself
+        # getexif() of a PNG without an eXIf chunk before its pixels would decode it to look behind them; TIFF is turned already
         known = "exif" in picture.info and picture.format != "TIFF"
         orientation = picture.getexif().get(ExifTags.Base.Orientation) if known else 1
         return picture.size[::-1] if orientation in (5, 6, 7, 8) else picture.size

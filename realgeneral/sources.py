@@ -271,6 +271,8 @@ class FolderSource(BaseSource):
             lines = _text(listing.read_bytes(), str(listing)).split("\n")
             self.rows = [(f"{listing.name} line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
         else:
+            if columns.fields:
+                raise UsageError(f"columns must not be given for a folder of pictures with captions, got {folder}")
             pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
             self.rows = [(p.name, "") for p in pictures]
 

@@ -19,10 +19,9 @@ def test_data_needs_no_weights(base: Path, tmp_path: Path) -> None:
         shutil.copytree(base / part, tmp_path / part, ignore=shutil.ignore_patterns("*.safetensors"))
     pipe = load_for_data(str(tmp_path))
     assert pipe.size_multiple == 16
-    assert pipe.transformer.device.type == "meta"
     assert pipe._size(None, None) == ((320, 320) if pipe.transformer.config.patch_size_t else (64, 96))
     shutil.rmtree(tmp_path / "vae")
-    with pytest.raises(Failure, match="base must be a CogVideoX checkpoint, got .* without vae"):
+    with pytest.raises(Failure, match=r"base must be a CogVideoX checkpoint, got .* without vae"):
         load_for_data(str(tmp_path))
 
 
@@ -37,10 +36,15 @@ def test_encoders_for_a_moment(bases: dict[str, Path]) -> None:
     """They are frozen, folded, and gone afterwards, also after an error; those that were there stay."""
     pipe = load_without_encoders(str(bases["5b"]), torch.bfloat16)
     transformer = pipe.transformer
-    with pytest.raises(KeyError), with_encoders(pipe, str(bases["5b"]), torch.bfloat16):
-        assert pipe.vae.dtype == pipe.text_encoder.dtype == torch.bfloat16
-        assert not any(p.requires_grad for p in [*pipe.vae.parameters(), *pipe.text_encoder.parameters()])
-        raise KeyError
+
+    def use() -> None:
+        with with_encoders(pipe, str(bases["5b"]), torch.bfloat16):
+            assert pipe.vae.dtype == pipe.text_encoder.dtype == torch.bfloat16
+            assert not any(p.requires_grad for p in [*pipe.vae.parameters(), *pipe.text_encoder.parameters()])
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        use()
     assert pipe.vae is pipe.text_encoder is None
     assert pipe.transformer is transformer
     assert transformer.dtype == torch.bfloat16

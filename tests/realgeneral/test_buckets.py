@@ -145,7 +145,7 @@ def test_batches_depend_on_their_number_alone(tmp_path: Path) -> None:
 
 
 def test_bad_rows_are_replaced_within_their_bucket(tmp_path: Path) -> None:
-    """A truncated picture keeps its header, hence its bucket; one without a header is met in the fullest bucket. Both are named."""
+    """A truncated picture keeps its header, hence its bucket; one without is met in the fullest bucket. Both are named."""
     rows = mixed_rows()
     rows[8]["target"] = rows[8]["target"][:-40]
     rows[2]["target"] = b"no header"
@@ -164,7 +164,7 @@ def test_a_bucket_of_bad_rows_only(tmp_path: Path) -> None:
     rows = mixed_rows()
     rows[11]["target"] = rows[11]["target"][:-40]
     data = bucketed(write_folder(tmp_path / "d", rows))
-    with pytest.raises(Failure, match="data must hold good rows, got 1 bad ones in a row; the first: metadata.jsonl line 12"):
+    with pytest.raises(Failure, match=r"data must hold good rows, got 1 bad ones in a row; the first: metadata.jsonl line 12"):
         list(map(data.__getitem__, range(32)))
 
 

@@ -225,7 +225,7 @@ def test_offload_without_a_gpu(work: dict[str, str], capsys: pytest.CaptureFixtu
         ({"output": "{root}/photo.png"}, 1, "output must be a folder that can be written"),
         ({"precomputed": "{root}/empty"}, 1, "precomputed must be a folder that realgeneral precompute wrote, got"),
         ({"buckets": "16x20"}, 2, "sides of buckets must be positive multiples of 16, got 16x20"),
-        ({"columns": "target=x"}, 1, "data must hold good rows"),
+        ({"columns": "target=x"}, 2, "columns must not be given for a folder of pictures with captions"),
         ({"base": "{root}/nothing"}, 1, "nothing"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,

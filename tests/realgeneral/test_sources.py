@@ -33,7 +33,7 @@ def test_shards(writer: Writer, tmp_path: Path) -> None:
     with pytest.raises(Failure, match="data must match at least one file, got none"):
         open_source(str(tmp_path / "all" / "*.nothing"))
     (tmp_path / "all" / "a.png").write_bytes(picture(0))
-    with pytest.raises(UsageError, match="of pictures or of shards, got .* with both, such as part-0"):
+    with pytest.raises(UsageError, match=r"of pictures or of shards, got .* with both, such as part-0"):
         open_source(str(tmp_path / "all"))
 
 
@@ -112,7 +112,7 @@ def test_digests_follow_the_content(tmp_path: Path) -> None:
     assert len(same) == 1
     others = {Picture(picture(1)).digest(), Picture(picture(0), (0, 0, 0.5, 1)).digest(), Picture(make_photo()).digest()}
     assert len(same | others) == 4
-    with pytest.raises(Failure, match="nothing.png must be a picture file, got no such file"):
+    with pytest.raises(Failure, match=r"nothing.png must be a picture file, got no such file"):
         Picture(tmp_path / "nothing.png").digest()
 
 
