@@ -28,7 +28,7 @@ Size = tuple[int, int]  # width, height
 # width / height of a standard list
 RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1.0, 4 / 3, 3 / 2, 16 / 9, 2.0)
 # CogVideoX 1.5 was trained on sides of 768 to 1360 pixels; 768 x 1360 is its standard size
-NEWER_AREA, NEWER_SIDES = 768 * 1360, (768, 1360)
+NEWER_SIDES = (768, 1360)
 
 
 def standard_sizes(width: int, height: int, multiple: int, sides: tuple[int, int] = (0, 2**31)) -> tuple[Size, ...]:
@@ -56,7 +56,7 @@ def bucket_sizes(specs: Sequence[str], size: Size, multiple: int, limit: int | N
         specs: What was given.
         size: (width, height) of the run, the base's own unless set: the area of the standard list.
         multiple: Sides must be multiples of it.
-        limit: Greatest side, of CogVideoX 1.5 only.
+        limit: Greatest side, of CogVideoX 1.5 only; at its standard area the standard list keeps to the trained sides.
 
     Raises:
         UsageError: Not a size, or one that the base cannot have.
@@ -64,7 +64,8 @@ def bucket_sizes(specs: Sequence[str], size: Size, multiple: int, limit: int | N
     sizes: dict[Size, None] = {}
     for spec in specs:
         if spec == "standard":
-            sides = (NEWER_SIDES[0], min(NEWER_SIDES[1], limit)) if limit and limit >= NEWER_SIDES[1] else (0, limit or 2**31)
+            trained = limit and size[0] * size[1] == NEWER_SIDES[0] * NEWER_SIDES[1]
+            sides = NEWER_SIDES if trained else (0, limit or 2**31)
             sizes.update(dict.fromkeys(standard_sizes(*size, multiple, sides)))
             continue
         parts = spec.lower().split("x")

@@ -130,9 +130,9 @@ def summary(found: list[Finding], source: Source, sizes: tuple[Size, ...], batch
             {"size": describe(size), "conditions": k, "rows": rows, "repeated_to_fill": -rows % batch_size}
             for (size, k), rows in sorted(assigned.items())
         ],
-        "sizes": _counted(describe(f.size) for f in good),
+        "sizes": _counted(describe(f.size) for f in good if f.size),
         "enlarged": sum(_enlarged(f.size, order.size(i)) for i, f in enumerate(found) if f.problem is None),
-        "smallest": [{"row": f.name, "size": describe(f.size)} for f in smallest],
+        "smallest": [{"row": f.name, "size": describe(f.size)} for f in smallest if f.size],
         "conditions": _counted(str(f.conditions) for f in good),
         "tasks": _counted(task for f in good for task in f.tasks),
         "text_window": window,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from realgeneral.bases import fingerprints
-from realgeneral.buckets import Bucketed, OneSize, Order, Size, bucket_sizes, read_shapes
+from realgeneral.buckets import NEWER_SIDES, Bucketed, OneSize, Order, Size, bucket_sizes, read_shapes
 from realgeneral.config import TrainConfig
 from realgeneral.data import PairDataset, TextCheck
 from realgeneral.errors import UsageError
@@ -62,7 +62,7 @@ def run_buckets(config: SizeSettings, pipe: RealGeneralPipeline) -> tuple[Size, 
     size = picture_size(config, pipe)
     if limit and not config.height and not config.width and "standard" in config.buckets:
         # its own sample size is the end of the position table, not what it was trained on
-        size = min(size, (1360, 768))
+        size = min(size, NEWER_SIDES[::-1])
     return bucket_sizes(config.buckets, size, pipe.size_multiple, limit)
 
 
@@ -107,6 +107,6 @@ def encoder_dtype(mixed_precision: str) -> str:
     return "bfloat16" if mixed_precision == "bf16" else "float32"
 
 
-def describe(size: Any) -> str:
+def describe(size: Size) -> str:
     """HEIGHTxWIDTH of a (width, height)."""
     return f"{size[1]}x{size[0]}"

@@ -173,3 +173,9 @@ class _Encoder:
         for key, reason in row.bad.items():
             if key not in self.writer:
                 self.writer.add_bad(key, reason)
+
+
+if __name__ == "__main__":
+    from realgeneral.cli import main
+
+    sys.exit(main(["precompute", *sys.argv[1:]]))
