@@ -20,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from realgeneral.errors import Failure, UsageError
-from realgeneral.sources import Block, Source
+from realgeneral.records import Block, Source
 from realgeneral.tables import WINDOW_BYTES
 
 Size = tuple[int, int]  # width, height

@@ -20,7 +20,8 @@ from realgeneral.config import CheckDataConfig
 from realgeneral.data import PairDataset, TextCheck
 from realgeneral.errors import Failure
 from realgeneral.loading import describe, picture_size, run_buckets, run_tasks
-from realgeneral.sources import Record, Source, open_source
+from realgeneral.records import Record, Source
+from realgeneral.sources import open_source
 
 LISTED = 10  # examples of each thing that a person sees; the JSON has all bad rows
 REASONS = (
@@ -70,7 +71,9 @@ class RowsToCheck(Dataset[Finding]):
             assert isinstance(self.pairs.check, TextCheck)
             self.pairs.check(record)
             tasks = tuple(task.name for task, weight in self.pairs.choices(record) if weight)
-            digest = "/".join([record.target.digest(), *(c.digest() for c in record.conditions), record.prompt])
+            digest = "/".join(
+                [record.target.digest(), *(c.digest() for c in record.conditions), record.task or "", record.prompt]
+            )
             tokens = len(self.pairs.check.tokenizer(record.prompt).input_ids)
         except Failure as error:
             return Finding(name, str(error))
@@ -183,7 +186,7 @@ def as_text(report: dict[str, Any], data: str) -> str:
     lines += [f"  {rows:7d}  {task}" for task, rows in report["tasks"].items()]
     lines.append(f"prompts: the longest has {report['longest_prompt']} of {report['text_window']} tokens")
     if twins:
-        lines.append("duplicates (same pictures and prompt)")
+        lines.append("duplicates (same pictures, task and prompt)")
         lines += _some([f"             {' = '.join(names[:4])}" for names in twins])
     return "\n".join(lines)
 

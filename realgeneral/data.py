@@ -24,7 +24,8 @@ from realgeneral.buckets import OneSize, Order, Size
 from realgeneral.embedding import subject_span_mask
 from realgeneral.errors import Failure
 from realgeneral.pictures import fit_picture, to_pixels
-from realgeneral.sources import Picture, Record, Row, Source, open_source
+from realgeneral.records import Picture, Record, Row, Source
+from realgeneral.sources import open_source
 from realgeneral.store import Store, StoreFailure
 from realgeneral.tasks import Task, get_task
 

@@ -12,7 +12,7 @@ from realgeneral.data import PairDataset, TextCheck
 from realgeneral.errors import UsageError
 from realgeneral.objective import StoredTexts, TextCache, Texts
 from realgeneral.pipeline import RealGeneralPipeline
-from realgeneral.sources import Source
+from realgeneral.records import Source
 from realgeneral.store import Store
 from realgeneral.tasks import DEFAULT_TASKS, get_task
 

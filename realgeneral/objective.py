@@ -64,7 +64,8 @@ class TextCache:
         for prompt in prompts:
             if prompt not in self.entries:
                 self.pipe._check_prompts([prompt], self.window)
-                encoded, _ = self.pipe.encode_prompt([prompt], None, False, max_sequence_length=self.window, device=device)
+                with torch.autocast(device.type, enabled=False):  # as precomputed, whatever the trainer runs in
+                    encoded, _ = self.pipe.encode_prompt([prompt], None, False, max_sequence_length=self.window, device=device)
                 self.entries[prompt] = encoded[0].cpu()
             self.entries.move_to_end(prompt)
         features = torch.stack([self.entries[p] for p in prompts])
@@ -107,10 +108,11 @@ def collate(samples: list[Sample]) -> Batch:
 def encode_pictures(vae: Any, pixels: Tensor) -> Tensor:
     """Latents [N, C, h, w] of pixels [N, 3, H, W], one picture at a time.
 
-    The bits of a picture's latents may depend on what it is encoded with: alone, they equal the precomputed ones. It also
-    bounds the VAE's memory.
+    The bits of a picture's latents may depend on what it is encoded with, and on autocast: alone and without, they equal the
+    precomputed ones. It also bounds the VAE's memory.
     """
-    return torch.cat([encode_images(vae, picture[None]) for picture in pixels])
+    with torch.autocast(pixels.device.type, enabled=False):
+        return torch.cat([encode_images(vae, picture[None]) for picture in pixels])
 
 
 def encode(pipe: RealGeneralPipeline, texts: Texts, batch: Batch) -> tuple[Tensor, Tensor]:

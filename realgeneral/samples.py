@@ -13,7 +13,7 @@ from realgeneral.config import TrainConfig
 from realgeneral.data import PairDataset, TextCheck
 from realgeneral.pictures import picture_grid, save_picture
 from realgeneral.pipeline import RealGeneralPipeline
-from realgeneral.sources import Source
+from realgeneral.records import Source
 
 
 def sample_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source, path: Path) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from realgeneral.columns import ColumnMap
 from realgeneral.errors import Failure, UsageError
-from realgeneral.sources import BaseSource, Block, Picture, Record, file_stamp, make_record
+from realgeneral.records import BaseSource, Block, Picture, Record, file_stamp, make_record
 
 # rows are shuffled within windows of row groups of at most so many bytes, so that one read of a group serves all of its rows
 WINDOW_BYTES = 2**29
@@ -37,9 +37,9 @@ class RowGroups:
             except (pa.ArrowException, OSError) as error:
                 # told once per row, but read only once
                 self.entries[key] = f"row group {group} of {source.path} must be complete, got: {error}"
+            while len(self.entries) > 1 and sum(map(_nbytes, self.entries.values())) > self.capacity_bytes:
+                self.entries.popitem(last=False)
         self.entries.move_to_end(key)
-        while len(self.entries) > 1 and sum(map(_nbytes, self.entries.values())) > self.capacity_bytes:
-            self.entries.popitem(last=False)
         table = self.entries[key]
         if isinstance(table, str):
             raise Failure(table)

@@ -32,8 +32,9 @@ from realgeneral.kernels import use_kernels
 from realgeneral.loading import run_tasks, training_dataset, training_texts
 from realgeneral.objective import Batch, collate, training_loss
 from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.records import Source
 from realgeneral.samples import sample_grid
-from realgeneral.sources import Source, open_source
+from realgeneral.sources import open_source
 from realgeneral.tasks import get_task
 
 

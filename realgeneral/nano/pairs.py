@@ -6,8 +6,8 @@ import random
 
 from PIL import Image, ImageOps
 
-from realgeneral.nano.emoji import Concept, caption, load_emoji
-from realgeneral.sources import BaseSource, Picture, Record
+from realgeneral.nano.emoji import PARQUET, Concept, caption, load_emoji
+from realgeneral.records import BaseSource, Picture, Record, file_stamp
 
 # the black-icon style is left to the base: as a target it is nearly its own edge map
 TARGET_STYLES = ("flat", "3d", "noto")
@@ -49,6 +49,10 @@ class NanoSource(BaseSource):
             reference = _transformed(reference, rng)
         text = caption(concept, style)
         return Record(text, Picture(target), text, subject=concept.name, reference=Picture(reference))
+
+    def stamp(self) -> str:
+        """Of the packaged file, and the split."""
+        return f"{file_stamp([PARQUET])} {len(self)}"
 
     def _find(self, index: int) -> tuple[Concept, str]:
         concept, style = divmod(index, len(TARGET_STYLES))

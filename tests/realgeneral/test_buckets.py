@@ -18,7 +18,8 @@ from realgeneral.buckets import Bucketed, Shape, bucket_sizes, epoch_order, near
 from realgeneral.data import RunSampler
 from realgeneral.errors import Failure, UsageError
 from realgeneral.objective import Batch, collate
-from realgeneral.sources import Block, open_source
+from realgeneral.records import Block
+from realgeneral.sources import open_source
 
 SIZES = ((32, 16), (16, 32), (32, 32))
 
