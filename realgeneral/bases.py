@@ -26,7 +26,11 @@ def base_folder(base: str, parts: Sequence[str]) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(base, allow_patterns=["*.json", "*.model", *(f"{part}/*" for part in parts)]))
+    try:
+        return Path(snapshot_download(base, allow_patterns=["*.json", "*.model", *(f"{part}/*" for part in parts)]))
+    except (OSError, ValueError) as error:  # its own errors derive from these
+        told = " ".join(str(error).split())
+        raise Failure(f"base must be a checkpoint folder or a hub id that can be had, got {base}: {told}") from None
 
 
 def fingerprints(base: str) -> tuple[str, str]:

@@ -25,6 +25,13 @@ def test_data_needs_no_weights(base: Path, tmp_path: Path) -> None:
         load_for_data(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["/nowhere", "owner/nothing"])
+def test_a_base_that_is_not_there(name: str) -> None:
+    """Neither a folder nor a hub id that is at hand (the tests are offline): one line with its name."""
+    with pytest.raises(Failure, match=rf"base must be a checkpoint folder or a hub id that can be had, got {name}: ."):
+        load_for_data(name)
+
+
 def test_nano_sizes_without_its_vae() -> None:
     """Its VAE has factor 4 where diffusers would take 8."""
     for pipe in (load_for_data("nano"), load_without_encoders("nano", torch.float32)):
