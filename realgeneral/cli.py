@@ -11,10 +11,12 @@ from realgeneral.errors import Failure, UsageError
 
 USAGE = """usage: realgeneral COMMAND [options]
 
-  demo       generate with the small shipped model and train it for a minute, on a CPU
-  train      train an adapter (LoRA + condition branch) on a frozen CogVideoX
-  generate   one image from a prompt and a condition picture
-  evaluate   scores of an adapter: nano's held-out table, or the paper's protocols on a folder
+  demo        generate with the small shipped model and train it for a minute, on a CPU
+  check-data  report what is in a data set, and its bad rows
+  precompute  encode the pictures and prompts of a data set once
+  train       train an adapter (LoRA + condition branch) on a frozen CogVideoX
+  generate    one image from a prompt and a condition picture
+  evaluate    scores of an adapter: nano's held-out table, or the paper's protocols on a folder
 
 realgeneral COMMAND --help lists the options of a command."""
 
@@ -65,6 +67,25 @@ def _demo(arguments: list[str]) -> None:
     demo(_parse("demo", DemoConfig, arguments))
 
 
+def _check_data(arguments: list[str]) -> None:
+    from realgeneral.check_data import check_data
+    from realgeneral.config import CheckDataConfig
+
+    check_data(_parse("check-data", CheckDataConfig, arguments))
+
+
+def _precompute(arguments: list[str]) -> None:
+    from realgeneral.config import PrecomputeConfig
+    from realgeneral.precompute import precompute
+
+    config = _parse("precompute", PrecomputeConfig, arguments)
+    result = precompute(config)
+    print(
+        f"{result['encoded']} entries encoded, {result['kept']} there already, "
+        f"{len(result['bad'])} of {result['rows']} rows bad; store in {config.output}"
+    )
+
+
 def _train(arguments: list[str]) -> None:
     from realgeneral.config import TrainConfig
     from realgeneral.train import train
@@ -93,6 +114,8 @@ def _evaluate(arguments: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
+    "check-data": _check_data,
+    "precompute": _precompute,
     "train": _train,
     "generate": _generate,
     "evaluate": _evaluate,

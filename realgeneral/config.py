@@ -21,18 +21,35 @@ def _check_at_least_one(config: Any, *names: str) -> None:
             raise UsageError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
+DATA_HELP = (
+    'folder, .parquet or .tar (WebDataset), a folder or glob of those, "hf:NAME[:CONFIG][@SPLIT]", '
+    'a folder of datasets\' save_to_disk, or "nano"'
+)
+COLUMNS_HELP = (
+    "FIELD=COLUMN[:CROP] for target, prompt, condition, task, subject; a .json or .yaml file of those; "
+    "or subjects200k, multigen-depth, controlnet"
+)
+BUCKETS_HELP = (
+    '"standard" and HEIGHTxWIDTH: batches of one size and number of conditions from mixed pictures; none = one size for all'
+)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """LoRA training of a RealGeneral adapter on a frozen CogVideoX, nano or real."""
 
     base: str = _opt('CogVideoX checkpoint (folder or hub id), or "nano"', "nano")
-    data: str = _opt('folder, .parquet, .tar (WebDataset), or "nano"', "nano")
+    data: str = _opt(DATA_HELP, "nano")
+    columns: list[str] = _opt(COLUMNS_HELP, many=())
     tasks: list[str] = _opt('task specs such as canny or "deblurring:radius=16"; rows that name a task use it', many=())
     task_weights: list[float] = _opt("relative frequency of each task; default: equal", many=())
     output: str = _opt("folder for checkpoints, samples, logs and the final adapter", "outputs/train")
     preset: Literal["paper", "cached", "open"] = _opt("how condition tokens take part", "cached")
     height: int = _opt("pixels; 0 = the base's own size", 0)
     width: int = _opt("pixels; 0 = the base's own size", 0)
+    buckets: list[str] = _opt(BUCKETS_HELP, many=())
+    precomputed: str = _opt("folder of realgeneral precompute: VAE and text encoder are not loaded", "")
+    variants: int = _opt("draws per row of what is random (the hole of inpainting); 0 = a new one each time", 0)
     rank: int = _opt("LoRA rank", 64)
     alpha: float = _opt("LoRA alpha; 0 = rank", 0.0)
     lora_targets: list[str] = _opt("linear layers that get a LoRA", many=LORA_TARGETS)
@@ -76,7 +93,7 @@ class TrainConfig:
         for name in ("text_dropout", "condition_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
-        for name in ("num_workers", "sample_count", "sample_every", "warmup_steps", "weight_decay", "alpha", "seed"):
+        for name in "variants num_workers sample_count sample_every warmup_steps weight_decay alpha seed".split():
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must not be negative, got {getattr(self, name)}")
         _check_at_least_one(self, "sample_steps")
@@ -198,3 +215,52 @@ class EvaluateConfig:
         _check_at_least_one(self, "concepts", "steps", "batch_size", "images_per_prompt")
         if self.limit < 0:
             raise UsageError(f"limit must not be negative, got {self.limit}")
+
+
+@dataclass(frozen=True)
+class PrecomputeConfig:
+    """Encode the pictures and prompts of a data set once, for training with --precomputed."""
+
+    base: str = _opt('CogVideoX checkpoint (folder or hub id), or "nano"', "nano")
+    data: str = _opt(DATA_HELP, "nano")
+    columns: list[str] = _opt(COLUMNS_HELP, many=())
+    tasks: list[str] = _opt("as in training", many=())
+    output: str = _opt("folder of the store; entries that are there already are kept", "outputs/precomputed")
+    height: int = _opt("pixels; 0 = the base's own size", 0)
+    width: int = _opt("pixels; 0 = the base's own size", 0)
+    buckets: list[str] = _opt(BUCKETS_HELP, many=())
+    variants: int = _opt("draws per row of what is random (the hole of inpainting)", 4)
+    mixed_precision: Literal["no", "bf16"] = _opt("as in training", "no")
+    shard: str = _opt('this process\' part, "i/n" from 0; default: RANK and WORLD_SIZE as torchrun sets them', "")
+    shard_megabytes: int = _opt("size of a file", 256)
+    num_workers: int = _opt("data-loading processes", 0)
+    strict: bool = _opt("stop at the first bad row instead of noting it", False)
+    debug: bool = _opt("show the traceback of an error", False)
+
+    def __post_init__(self) -> None:
+        _check_at_least_one(self, "variants", "shard_megabytes")
+        if self.num_workers < 0:
+            raise UsageError(f"num_workers must not be negative, got {self.num_workers}")
+
+
+@dataclass(frozen=True)
+class CheckDataConfig:
+    """Read a whole data set and report what training would meet; exit status 1 if a row is bad."""
+
+    data: str = _opt(DATA_HELP, "nano")
+    columns: list[str] = _opt(COLUMNS_HELP, many=())
+    base: str = _opt("checkpoint whose sizes and text window the data must fit", "nano")
+    tasks: list[str] = _opt("as in training", many=())
+    height: int = _opt("pixels; 0 = the base's own size", 0)
+    width: int = _opt("pixels; 0 = the base's own size", 0)
+    buckets: list[str] = _opt(BUCKETS_HELP, many=())
+    batch_size: int = _opt("as in training: rows that fill up the last batch of a bucket are counted", 8)
+    headers_only: bool = _opt("do not decode the pictures: much faster, but a truncated one is not found", False)
+    num_workers: int = _opt("processes; 0 = in this one", 0)
+    report: str = _opt("also write the report as JSON", "")
+    debug: bool = _opt("show the traceback of an error", False)
+
+    def __post_init__(self) -> None:
+        _check_at_least_one(self, "batch_size")
+        if self.num_workers < 0:
+            raise UsageError(f"num_workers must not be negative, got {self.num_workers}")

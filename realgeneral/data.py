@@ -1,260 +1,54 @@
-"""Training data: rows from a folder, a parquet file, a WebDataset tar or the packaged emoji, and samples made from them.
+"""Samples of a run, made from a source's rows.
 
-A row has a `target` picture, a `prompt`, and either `condition` picture(s) or a task that derives one. Sample n of a run is a
-pure function of (data, settings, n), whatever the number of workers: that makes a resumed run equal to an uninterrupted one.
+Sample n of a run is a pure function of (data, settings, n), whatever the number of workers: that makes a resumed run equal to
+an uninterrupted one.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import random
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from realgeneral.bases import folder_fingerprint
+from realgeneral.buckets import OneSize, Order, Size
 from realgeneral.embedding import subject_span_mask
-from realgeneral.errors import Failure, UsageError
-from realgeneral.pictures import fit_picture, load_picture, to_pixels
+from realgeneral.errors import Failure
+from realgeneral.pictures import fit_picture, to_pixels
+from realgeneral.records import Picture, Record, Row, Source
+from realgeneral.sources import open_source
+from realgeneral.store import Store, StoreFailure
 from realgeneral.tasks import Task, get_task
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row: the target, its prompt, and what is known of its condition."""
-
-    name: str
-    target: Image.Image
-    prompt: str
-    conditions: tuple[Image.Image, ...] = ()
-    task: str | None = None
-    subject: str | None = None
-    # another picture of the same subject: the condition of a task that cannot derive one from the target
-    reference: Image.Image | None = None
-
-
-class Source(Protocol):
-    """Random access to rows; reading a bad one raises Failure."""
-
-    def __len__(self) -> int: ...
-
-    def row(self, index: int, seed: int) -> Row:
-        """Row `index`; sources that have several pictures of a thing choose by `seed`."""
-
-    def row_name(self, index: int) -> str:
-        """What to call the row in a message."""
-
-
-def open_source(path: str) -> Source:
-    """Open training data by what its path is.
-
-    Raises:
-        Failure: No such file, or no rows in it.
-        UsageError: Not a kind of data that is known.
-    """
-    source: Source
-    if path == "nano":
-        from realgeneral.nano.pairs import NanoSource
-
-        return NanoSource("train")
-    if not Path(path).exists():
-        raise Failure(f"data must be an existing folder or file, got {path}")
-    if Path(path).is_dir():
-        source = FolderSource(Path(path))
-    elif path.endswith(".parquet"):
-        source = ParquetSource(Path(path))
-    elif path.endswith(".tar"):
-        source = TarSource(Path(path))
-    else:
-        raise UsageError(f"data must be a folder, a .parquet or a .tar file, got {path}")
-    if len(source) == 0:
-        raise Failure(f"data must hold at least one row, got none in {path}")
-    return source
-
-
-class FolderSource:
-    """A folder with `metadata.jsonl`, or with pictures and a .txt caption of the same name beside each.
-
-    Keys of metadata.jsonl: target, prompt, and optionally condition (one or a list), task, subject; paths relative to it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        listing = folder / "metadata.jsonl"
-        if listing.is_file():
-            lines = _text(listing.read_bytes(), str(listing)).split("\n")
-            self.rows = [(f"{listing.name} line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
-        else:
-            pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
-            self.rows = [(p.name, "") for p in pictures]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def row_name(self, index: int) -> str:
-        """The picture's file name, or the line of metadata.jsonl."""
-        return self.rows[index][0]
-
-    def row(self, index: int, seed: int) -> Row:
-        """Read a row's pictures."""
-        name, line = self.rows[index]
-        if not line:
-            caption = (self.folder / name).with_suffix(".txt")
-            if not caption.is_file():
-                raise Failure(f"{name} must have a caption {caption.name} beside it, got none")
-            return make_row(name, {"target": name, "prompt": _text(caption.read_bytes(), caption.name).strip()}, self._read)
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise Failure(f"{name} must be JSON, got: {error}") from None
-        if not isinstance(record, dict):
-            raise Failure(f"{name} must be a JSON object, got {type(record).__name__}")
-        return make_row(name, record, self._read)
-
-    def _read(self, value: Any) -> Image.Image:
-        return load_picture(self.folder / str(value))
-
-
-class ParquetSource:
-    """A parquet file with columns target, prompt, and optionally condition, task, subject.
-
-    Pictures are encoded bytes, or Hugging Face's {"bytes": ...}; `condition` may be a list of them.
-    """
-
-    def __init__(self, path: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self.path = path
-        try:
-            self.table = pq.read_table(path, memory_map=True)
-        except (pa.ArrowException, OSError) as error:
-            raise Failure(f"{path} must be a complete parquet file, got: {error}") from None
-        for column in ("target", "prompt"):
-            if column not in self.table.column_names:
-                raise Failure(f"{path} must have a column {column!r}, got {self.table.column_names}")
-
-    def __len__(self) -> int:
-        return int(self.table.num_rows)
-
-    def row_name(self, index: int) -> str:
-        """The row's number."""
-        return f"{self.path.name} row {index}"
-
-    def row(self, index: int, seed: int) -> Row:
-        """Decode a row."""
-        record = self.table.slice(index, 1).to_pylist()[0]
-        return make_row(self.row_name(index), record, self._read)
-
-    def _read(self, value: Any) -> Image.Image:
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(data, bytes):
-            raise Failure(f"pictures in {self.path.name} must be bytes, got {type(data).__name__}")
-        return load_picture(data)
-
-
-class TarSource:
-    """A WebDataset tar: members KEY.target.png, KEY.condition.png (or condition.0.png, ...), KEY.json or KEY.txt (the prompt).
-
-    KEY.png or KEY.jpg stands for the target. Members are indexed once and read in any order.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        members: dict[str, dict[str, tuple[int, int]]] = {}
-        try:
-            with tarfile.open(path, "r:") as tar:  # members are read in place, so no compression
-                for member in tar:
-                    if member.isfile():
-                        folder, _, file = member.name.rpartition("/")
-                        key, _, extension = file.partition(".")
-                        members.setdefault(f"{folder}/{key}" if folder else key, {})[extension.lower()] = (
-                            member.offset_data,
-                            member.size,
-                        )
-                # tarfile takes a cut in a header for the end; the real one is a block of zeros
-                if self._bytes((tar.offset, tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError("unexpected end of data")
-        except (tarfile.TarError, OSError) as error:
-            raise Failure(f"{path} must be a complete, uncompressed tar file, got: {error}") from None
-        self.samples = sorted(members.items())
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def row_name(self, index: int) -> str:
-        """The sample's key."""
-        return f"{self.path.name} {self.samples[index][0]}"
-
-    def row(self, index: int, seed: int) -> Row:
-        """Read a sample's members."""
-        members = self.samples[index][1]
-        record: dict[str, Any] = {}
-        try:
-            if "json" in members:
-                described = json.loads(self._bytes(members["json"]))
-                if not isinstance(described, dict):
-                    raise ValueError(f"{type(described).__name__} instead of a JSON object")
-                # pictures come from members, never by name
-                record = {k: described[k] for k in ("prompt", "task", "subject") if k in described}
-            if "txt" in members:
-                record["prompt"] = self._bytes(members["txt"]).decode().strip()
-        except ValueError as error:
-            raise Failure(f"{self.row_name(index)} must have a readable json or txt member, got: {error}") from None
-        pictures = {k: v for k, v in members.items() if f".{k.rpartition('.')[2]}" in PICTURES}
-        targets = [v for k, v in pictures.items() if k.startswith("target.") or "." not in k]
-        if targets:
-            record["target"] = targets[0]
-        conditions = [v for k, v in sorted(pictures.items()) if k.startswith("condition.")]
-        if conditions:
-            record["condition"] = conditions
-        return make_row(self.row_name(index), record, self._read)
-
-    def _bytes(self, place: tuple[int, int]) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(place[0])
-            return file.read(place[1])
-
-    def _read(self, value: Any) -> Image.Image:
-        return load_picture(self._bytes(value))
-
-
-def _text(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Failure(f"{name} must be UTF-8 text, got: {error}") from None
-
-
-def make_row(name: str, record: dict[str, Any], read: Any) -> Row:
-    """Check a record's fields and read its pictures; Failure that names the row."""
-    prompt, target = record.get("prompt"), record.get("target")
-    if not isinstance(prompt, str):
-        raise Failure(f"{name} must have a prompt string, got {prompt!r}")
-    if not target:
-        raise Failure(f"{name} must have a target picture, got {target!r}")
-    for key in ("task", "subject"):
-        if not isinstance(record.get(key), str | None):
-            raise Failure(f"{name} must have a string as {key}, got {record[key]!r}")
-    condition = record.get("condition")
-    listed = condition if isinstance(condition, list) else [] if condition is None else [condition]
-    try:
-        return Row(name, read(target), prompt, tuple(read(c) for c in listed), record.get("task"), record.get("subject"))
-    except Failure as error:
-        raise Failure(f"{name}: {error}") from None
+__all__ = [
+    "Fitted",
+    "PairDataset",
+    "Part",
+    "Row",
+    "RunSampler",
+    "Sample",
+    "Source",
+    "TextCheck",
+    "open_source",
+    "variant_seed",
+]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the trainer needs of one pair; `skipped` names the bad rows that were passed over to get it."""
+    """What the trainer needs of one pair; `skipped` names the bad rows that were passed over to get it.
+
+    `target` and `conditions` are pixels, [3, H, W] and [K, 3, H, W]; if `encoded`, latents [C, h, w] and [K, C, h, w].
+    """
 
     name: str
     target: Tensor
@@ -263,6 +57,59 @@ class Sample:
     task: str
     subject: str | None
     skipped: tuple[str, ...] = ()
+    encoded: bool = False
+
+
+class Fitted:
+    """A row's picture at its final size, decoded when it is first asked for."""
+
+    def __init__(self, picture: Picture, size: Size) -> None:
+        self.picture, self.size = picture, size
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """RGB, of `size`."""
+        return fit_picture(self.picture.load(), *self.size)
+
+    @cached_property
+    def identity(self) -> list[Any]:
+        """What its pixels depend on."""
+        return [self.picture.digest(), *self.size]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One frame of a sample: a fitted picture, or what a task makes of it (`role` "condition" or "target") with a seed."""
+
+    fitted: Fitted
+    task: Task | None = None
+    role: str = ""
+    seed: int = 0
+
+    def image(self) -> Image.Image:
+        """Make it; Failure or ValueError if it cannot be."""
+        if self.task is None:
+            return self.fitted.image
+        if self.role == "target":
+            return self.task.target(self.fitted.image, self.seed)
+        return fit_picture(self.task.condition(self.fitted.image, self.seed), *self.fitted.size)
+
+    def identity(self) -> list[Any]:
+        """What its pixels depend on, as JSON types."""
+        if self.task is None:
+            return self.fitted.identity
+        return [*self.fitted.identity, self.role, task_fingerprint(self.task), self.seed if self.task.seeded else None]
+
+
+def task_fingerprint(task: Task) -> str:
+    """The task with all its options; of a depth model in a folder, its files too."""
+    model = getattr(task, "model", "")
+    return f"{task!r} {folder_fingerprint(Path(model))}" if model and Path(model).is_dir() else repr(task)
+
+
+def variant_seed(name: str, variant: int) -> int:
+    """Seed of one of a row's stored draws: a function of the row alone, so that runs with any seed can share a store."""
+    return int.from_bytes(hashlib.sha256(f"{name}/{variant}".encode()).digest()[:4], "big") >> 1
 
 
 class TextCheck:
@@ -271,7 +118,7 @@ class TextCheck:
     def __init__(self, tokenizer: Any, window: int) -> None:
         self.tokenizer, self.window = tokenizer, window
 
-    def __call__(self, row: Row) -> None:
+    def __call__(self, row: Record) -> None:
         """Check one row."""
         length = len(self.tokenizer(row.prompt).input_ids)
         if length > self.window:
@@ -292,7 +139,10 @@ class PairDataset(Dataset[Sample]):
         size: (width, height) in pixels.
         seed: Seed of order, tasks and conditions.
         strict: Raise at a bad row instead of taking the next one.
-        check: Called with each row; raises Failure for a bad one.
+        check: Called with each record; raises Failure for a bad one.
+        order: Rows and sizes of the samples; default: every row once per epoch at `size`.
+        variants: Draws of what is random per row; 0 = a new one each time.
+        store: Take latents from here instead of making pixels; `variants` must be the store's.
     """
 
     def __init__(
@@ -300,79 +150,103 @@ class PairDataset(Dataset[Sample]):
         source: Source,
         tasks: Sequence[str],
         weights: Sequence[float],
-        size: tuple[int, int],
+        size: Size,
         seed: int,
         strict: bool,
-        check: Callable[[Row], None] | None = None,
+        check: Callable[[Record], None] | None = None,
+        *,
+        order: Order | None = None,
+        variants: int = 0,
+        store: Store | None = None,
     ) -> None:
         self.source, self.size, self.seed, self.strict, self.check = source, size, seed, strict, check
         self.tasks = [get_task(spec) for spec in tasks]
         self.by_name = {task.name: task for task in self.tasks}
         self.weights = list(weights) or [1.0] * len(self.tasks)
-        self._order: tuple[int, list[int]] = (-1, [])
+        self.order: Order = order or OneSize(source.blocks, seed, size)
+        self.variants, self.store = variants, store
 
     def __getitem__(self, n: int) -> Sample:
         rng = random.Random(f"{self.seed}/{n}")
         skipped: list[str] = []
-        for attempt in range(min(len(self.source), 1000)):
-            index = self._row_index(n, attempt)
+        for attempt in range(min(self.order.choices(n), 1000)):
+            index, size = self.order.place(n, attempt)
             try:
-                return self.sample(index, rng.randrange(2**31), tuple(skipped))
+                return self.sample(index, rng.randrange(2**31), tuple(skipped), size)
+            except StoreFailure:
+                raise
             except Failure as error:
                 if self.strict:
                     raise
                 skipped.append(str(error))
         raise Failure(f"data must hold good rows, got {len(skipped)} bad ones in a row; the first: {skipped[0]}")
 
-    def _row_index(self, n: int, attempt: int) -> int:
-        # further attempts stay in the epoch, so that as many as there are rows find a good one
-        epoch, position = divmod(n, len(self.source))
-        if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._order = (epoch, torch.randperm(len(self.source), generator=generator).tolist())
-        return self._order[1][(position + attempt) % len(self.source)]
-
-    def sample(self, index: int, seed: int, skipped: tuple[str, ...] = ()) -> Sample:
+    def sample(self, index: int, seed: int, skipped: tuple[str, ...] = (), size: Size | None = None) -> Sample:
         """Make the sample of one row; Failure if the row is bad."""
-        row = self.source.row(index, seed)
+        drawn = variant_seed(self.source.row_name(index), seed % self.variants) if self.variants else seed
+        record = self.source.record(index, drawn)
         if self.check is not None:
-            self.check(row)
-        task = self._task(row, seed)
-        width, height = self.size
-        target = fit_picture(row.target, width, height)
+            self.check(record)
+        task = self._task(record, seed)
         try:
-            conditions, made = row.conditions, target
-            if not conditions and row.reference is not None and not task.derives:
-                conditions = (row.reference,)
-            elif not conditions:
-                conditions, made = (task.condition(target, seed),), task.target(target, seed)
-        except ValueError as error:
-            raise Failure(f"{row.name}: {error}") from None
-        pixels = torch.stack([to_pixels(fit_picture(c, width, height)) for c in conditions])
-        return Sample(row.name, to_pixels(made), pixels, row.prompt, task.name, row.subject, skipped)
+            target = Fitted(record.target, size or self.size)
+            frames = [self._frame(part, record) for part in self.parts(record, task, target, drawn)]
+        except StoreFailure:
+            raise
+        except (Failure, ValueError) as error:
+            raise Failure(f"{record.name}: {error}") from None
+        encoded = self.store is not None
+        conditions = torch.stack(frames[1:])
+        return Sample(record.name, frames[0], conditions, record.prompt, task.name, record.subject, skipped, encoded)
 
-    def _task(self, row: Row, seed: int) -> Task:
-        if row.task is not None:
-            if row.task not in self.by_name:
-                raise Failure(f"{row.name}: task must be one of {sorted(self.by_name)}, got {row.task!r}")
-            return self.by_name[row.task]
-        # a row with a condition and no task is of the first task; otherwise draw one whose condition can be had
-        if row.conditions:
-            return self.tasks[0]
-        weights = [w if task.derives or row.reference else 0.0 for task, w in zip(self.tasks, self.weights, strict=True)]
-        if not any(weights):
-            raise Failure(f"{row.name} must have a condition, since none of {sorted(self.by_name)} derives one")
-        return random.Random(seed).choices(self.tasks, weights)[0]
+    def parts(self, record: Record, task: Task, target: Fitted, seed: int) -> list[Part]:
+        """The frames of a sample, target first."""
+        if record.conditions:
+            return [Part(target), *(Part(Fitted(c, target.size)) for c in record.conditions)]
+        if record.reference is not None and not task.derives:
+            return [Part(target), Part(Fitted(record.reference, target.size))]
+        made = Part(target) if type(task).target is Task.target else Part(target, task, "target", seed)
+        return [made, Part(target, task, "condition", seed)]
+
+    def choices(self, record: Record) -> list[tuple[Task, float]]:
+        """The tasks that a row can be of, with their weights; Failure if there is none."""
+        if record.task is not None:
+            if record.task not in self.by_name:
+                raise Failure(f"{record.name}: task must be one of {sorted(self.by_name)}, got {record.task!r}")
+            return [(self.by_name[record.task], 1.0)]
+        # a row with a condition and no task is of the first task; otherwise one whose condition can be had
+        if record.conditions:
+            return [(self.tasks[0], 1.0)]
+        able = [w if task.derives or record.reference else 0.0 for task, w in zip(self.tasks, self.weights, strict=True)]
+        if not any(able):
+            raise Failure(f"{record.name} must have a condition, since none of {sorted(self.by_name)} derives one")
+        return list(zip(self.tasks, able, strict=True))
+
+    def _task(self, record: Record, seed: int) -> Task:
+        choices = self.choices(record)
+        tasks, weights = zip(*choices, strict=True)
+        return tasks[0] if len(tasks) == 1 else random.Random(seed).choices(tasks, weights)[0]
+
+    def _frame(self, part: Part, record: Record) -> Tensor:
+        if self.store is not None:
+            return self.store.latents(part.identity(), record.name)
+        return to_pixels(part.image())
 
 
 class RunSampler(Sampler[int]):
-    """Sample numbers of one process from a starting step on: step s, micro-step by micro-step, interleaved over the ranks."""
+    """Sample numbers of one process from a starting step on.
 
-    def __init__(self, start: int, stop: int, rank: int, world: int) -> None:
-        self.start, self.stop, self.rank, self.world = start, stop, rank, world
+    `run` consecutive samples go to one process, the next ones to the next: 1 interleaves the samples, a batch size the batches.
+    `start` and `stop` are multiples of run x world.
+    """
+
+    def __init__(self, start: int, stop: int, rank: int, world: int, run: int = 1) -> None:
+        self.start, self.stop, self.rank, self.world, self.run = start, stop, rank, world, run
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start + self.rank, self.stop, self.world))
+        for first in range(self.start + self.rank * self.run, self.stop, self.world * self.run):
+            yield from range(first, min(first + self.run, self.stop))
 
     def __len__(self) -> int:
-        return len(range(self.start + self.rank, self.stop, self.world))
+        firsts = range(self.start + self.rank * self.run, self.stop, self.world * self.run)
+        return len(firsts) * self.run - max(0, firsts[-1] + self.run - self.stop) if firsts else 0

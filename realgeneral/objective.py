@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,17 @@ from realgeneral.diffusion import noised, sample_timesteps, v_loss, v_target
 from realgeneral.embedding import pool_subject, subject_span_mask
 from realgeneral.errors import Failure
 from realgeneral.pipeline import RealGeneralPipeline
+from realgeneral.store import Store
 from realgeneral.vae import encode_images
 
 
 @dataclass
 class Batch:
-    """A micro-batch of samples on the device; what is random in it was drawn from (seed, step)."""
+    """A micro-batch of samples on the device; what is random in it was drawn from (seed, step).
+
+    `target` and `conditions` are pixels, [B, 3, H, W] and [B, K, 3, H, W]; if `encoded`, latents [B, C, h, w] and
+    [B, K, C, h, w].
+    """
 
     target: Tensor
     conditions: Tensor
@@ -28,6 +34,16 @@ class Batch:
     subjects: list[str | None]
     names: list[str]
     skipped: list[str]
+    encoded: bool = False
+
+
+class Texts(Protocol):
+    """Text features of prompts, [len(prompts), T, E] on a device."""
+
+    window: int
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        """Features of each prompt, encoded by itself."""
 
 
 class TextCache:
@@ -48,7 +64,8 @@ class TextCache:
         for prompt in prompts:
             if prompt not in self.entries:
                 self.pipe._check_prompts([prompt], self.window)
-                encoded, _ = self.pipe.encode_prompt([prompt], None, False, max_sequence_length=self.window, device=device)
+                with torch.autocast(device.type, enabled=False):  # as precomputed, whatever the trainer runs in
+                    encoded, _ = self.pipe.encode_prompt([prompt], None, False, max_sequence_length=self.window, device=device)
                 self.entries[prompt] = encoded[0].cpu()
             self.entries.move_to_end(prompt)
         features = torch.stack([self.entries[p] for p in prompts])
@@ -58,11 +75,24 @@ class TextCache:
         return features.to(device)
 
 
+class StoredTexts:
+    """Text features from a precomputed store: the encoder is not needed."""
+
+    def __init__(self, store: Store, device: torch.device) -> None:
+        self.store, self.device, self.window = store, device, store.settings.window
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        """[len(prompts), T, E] on the device."""
+        return torch.stack([self.store.text(prompt) for prompt in prompts]).to(self.device)
+
+
 def collate(samples: list[Sample]) -> Batch:
     """Stack samples; Failure if their numbers of condition images differ."""
     counts = {len(s.conditions) for s in samples}
     if len(counts) != 1:
-        raise Failure(f"rows of one batch must have the same number of conditions, got {sorted(counts)}")
+        raise Failure(
+            f"rows of one batch must have the same number of conditions, got {sorted(counts)}; --buckets groups such rows"
+        )
     return Batch(
         torch.stack([s.target for s in samples]),
         torch.stack([s.conditions for s in samples]),
@@ -71,11 +101,30 @@ def collate(samples: list[Sample]) -> Batch:
         [s.subject for s in samples],
         [s.name for s in samples],
         [name for s in samples for name in s.skipped],
+        samples[0].encoded,
     )
 
 
+def encode_pictures(vae: Any, pixels: Tensor) -> Tensor:
+    """Latents [N, C, h, w] of pixels [N, 3, H, W], one picture at a time.
+
+    The bits of a picture's latents may depend on what it is encoded with, and on autocast: alone and without, they equal the
+    precomputed ones. It also bounds the VAE's memory.
+    """
+    with torch.autocast(pixels.device.type, enabled=False):
+        return torch.cat([encode_images(vae, picture[None]) for picture in pixels])
+
+
+def encode(pipe: RealGeneralPipeline, texts: Texts, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What the models see of a batch: latents [B, 1 + K, C, h, w] float32, target first, and text features [B, T, E]."""
+    images = torch.cat([batch.target[:, None], batch.conditions], dim=1)
+    if not batch.encoded:
+        images = encode_pictures(pipe.vae, images.flatten(0, 1)).unflatten(0, images.shape[:2])
+    return images.float(), texts(batch.prompts)
+
+
 def training_loss(
-    pipe: RealGeneralPipeline, model: nn.Module, texts: TextCache, batch: Batch, config: TrainConfig, draw: int
+    pipe: RealGeneralPipeline, model: nn.Module, texts: Texts, batch: Batch, config: TrainConfig, draw: int
 ) -> Tensor:
     """Per-sample loss, [B]: encode, noise, drop prompts and conditions, predict v on the target tokens.
 
@@ -84,11 +133,9 @@ def training_loss(
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + draw)
     transformer, device = pipe.transformer, batch.target.device
     with torch.no_grad():
-        images = torch.cat([batch.target[:, None], batch.conditions], dim=1)
-        latents = encode_images(pipe.vae, images.flatten(0, 1)).unflatten(0, images.shape[:2]).float()
+        latents, text = encode(pipe, texts, batch)
         frames = transformer.geometry.frames_per_image
         clean, conditions = latents[:, :1].repeat(1, frames, 1, 1, 1), latents[:, 1:]
-        text = texts(batch.prompts)
         subjects = subject_span_mask(pipe.tokenizer, batch.prompts, batch.subjects, texts.window).to(device)
         subject_embeds = pool_subject(text, subjects)
         text = torch.where(_drawn(config.text_dropout, len(text), generator).to(device)[:, None, None], texts([""]), text)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from realgeneral.errors import Failure
@@ -18,12 +19,9 @@ from realgeneral.errors import Failure
 MAX_PIXELS = 100_000_000
 
 
-def load_picture(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
-    """Read an RGB picture from a file or bytes, upright as its EXIF says, transparency on white.
-
-    Raises:
-        Failure: Missing, truncated, not an image, or more than MAX_PIXELS pixels (checked before decoding).
-    """
+@contextlib.contextmanager
+def _opened(source: str | os.PathLike[str] | bytes, name: str | None) -> Iterator[Image.Image]:
+    """A picture whose header is read; whatever goes wrong inside is a Failure that names it."""
     name = name or (f"picture of {len(source)} bytes" if isinstance(source, bytes) else str(source))
     try:
         with warnings.catch_warnings():
@@ -32,7 +30,7 @@ def load_picture(source: str | os.PathLike[str] | bytes, name: str | None = None
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise Failure(f"{name} must have at most {MAX_PIXELS} pixels, got {picture.width} x {picture.height}")
-                return _to_rgb(ImageOps.exif_transpose(picture))
+                yield picture
     except FileNotFoundError:
         raise Failure(f"{name} must be a picture file, got no such file") from None
     except IsADirectoryError:
@@ -43,6 +41,29 @@ def load_picture(source: str | os.PathLike[str] | bytes, name: str | None = None
         raise Failure(f"{name} must be a picture file, got something that is not an image") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise Failure(f"{name} must be a complete picture file, got: {error}") from None
+
+
+def load_picture(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
+    """Read an RGB picture from a file or bytes, upright as its EXIF says, transparency on white.
+
+    Raises:
+        Failure: Missing, truncated, not an image, or more than MAX_PIXELS pixels (checked before decoding).
+    """
+    with _opened(source, name) as picture:
+        return _to_rgb(ImageOps.exif_transpose(picture))
+
+
+def picture_size(source: str | os.PathLike[str] | bytes, name: str | None = None) -> tuple[int, int]:
+    """(width, height) of a picture as `load_picture` would give it, from its header alone.
+
+    Raises:
+        Failure: Missing, not an image, or more than MAX_PIXELS pixels. A truncated one may still have its header.
+    """
+    with _opened(source, name) as picture:
+        # getexif() of a PNG without an eXIf chunk before its pixels would decode it to look behind them; TIFF is turned already
+        known = "exif" in picture.info and picture.format != "TIFF"
+        orientation = picture.getexif().get(ExifTags.Base.Orientation) if known else 1
+        return picture.size[::-1] if orientation in (5, 6, 7, 8) else picture.size
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -8,10 +8,12 @@ import torch
 from PIL import Image
 
 from realgeneral.adapter import AdapterInfo
+from realgeneral.bases import with_encoders
 from realgeneral.config import TrainConfig
-from realgeneral.data import PairDataset, Source, TextCheck
+from realgeneral.data import PairDataset, TextCheck
 from realgeneral.pictures import picture_grid, save_picture
 from realgeneral.pipeline import RealGeneralPipeline
+from realgeneral.records import Source
 
 
 def sample_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source, path: Path) -> None:
@@ -20,6 +22,12 @@ def sample_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInf
         from realgeneral.nano.pairs import NanoSource
 
         source = NanoSource("held_out", augment=False)
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    with with_encoders(pipe, config.base, dtype):
+        _write_grid(pipe, config, info, source, path)
+
+
+def _write_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source, path: Path) -> None:
     height, width = pipe._size(config.height or None, config.width or None)
     check = TextCheck(pipe.tokenizer, pipe.transformer.config.max_text_seq_length)
     dataset = PairDataset(source, info.tasks, config.task_weights, (width, height), config.seed, strict=False, check=check)

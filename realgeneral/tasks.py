@@ -23,6 +23,8 @@ class Task:
 
     name: ClassVar[str]
     derives: ClassVar[bool] = False
+    # whether the images depend on the seed; False lets `realgeneral precompute` keep one instead of several draws
+    seeded: ClassVar[bool] = True
 
     def condition(self, picture: Image.Image, seed: int) -> Image.Image:
         """The condition image of a picture."""
@@ -86,6 +88,7 @@ class Canny(Task):
 
     name = "canny"
     derives = True
+    seeded = False
     low: int = 100
     high: int = 200
 
@@ -99,6 +102,7 @@ class Canny(Task):
 class _DepthTask(Task):
     """Shared by both depth directions: a transformers depth-estimation pipeline that the user names."""
 
+    seeded = False
     model: str = ""
 
     @property
@@ -171,6 +175,7 @@ class Colouring(Task):
 
     name = "colouring"
     derives = True
+    seeded = False
 
     def condition(self, picture: Image.Image, seed: int) -> Image.Image:
         """Luma, repeated over the channels."""
@@ -188,6 +193,7 @@ class Deblurring(Task):
 
     name = "deblurring"
     derives = True
+    seeded = False
     radius: float = 5.0
 
     def condition(self, picture: Image.Image, seed: int) -> Image.Image:
@@ -202,6 +208,7 @@ class ImageToSketch(Task):
 
     name = "image-to-sketch"
     derives = True
+    seeded = False
     low: int = 100
     high: int = 200
 

@@ -32,25 +32,26 @@ from realgeneral.adapter import (
     mark_trainable,
     save_adapter,
 )
+from realgeneral.bases import load_pipeline, load_without_encoders
 from realgeneral.config import TrainConfig
-from realgeneral.data import PairDataset, RunSampler, Source, TextCheck, open_source
+from realgeneral.data import RunSampler
 from realgeneral.errors import Failure, UsageError
 from realgeneral.kernels import use_kernels
-from realgeneral.objective import Batch, TextCache, collate, training_loss
+from realgeneral.loading import run_tasks, training_dataset, training_texts
+from realgeneral.objective import Batch, collate, training_loss
 from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.records import Source
 from realgeneral.samples import sample_grid
-from realgeneral.tasks import DEFAULT_TASKS, get_task
-from realgeneral.vae import fold_single_frame
+from realgeneral.sources import open_source
+from realgeneral.tasks import get_task
 
 
 def load_models(config: TrainConfig, accelerator: Accelerator) -> tuple[RealGeneralPipeline, AdapterInfo]:
     """Base, adapter (fresh, given, or of the newest checkpoint), dtypes and devices."""
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    pipe = RealGeneralPipeline.from_pretrained(config.base, dtype=dtype)
+    pipe = load_without_encoders(config.base, dtype) if config.precomputed else load_pipeline(config.base, dtype)
     pipe.set_progress_bar_config(disable=True)
-    for module in (pipe.vae, pipe.text_encoder, pipe.transformer):
-        module.requires_grad_(False)
-    fold_single_frame(pipe.vae)
+    pipe.transformer.requires_grad_(False)
     transformer = pipe.transformer
     if config.init_adapter:
         info = load_adapter(transformer, resolve_adapter(config.init_adapter), preset=config.preset)
@@ -73,7 +74,6 @@ def load_models(config: TrainConfig, accelerator: Accelerator) -> tuple[RealGene
         transformer.enable_gradient_checkpointing()
     use_kernels(transformer, config.fused_kernels, accelerator.device)
     pipe.to(accelerator.device)
-    pipe.text_encoder.eval()
     transformer.train()
     if config.compile:
         transformer.compile(fullgraph=True)
@@ -81,26 +81,8 @@ def load_models(config: TrainConfig, accelerator: Accelerator) -> tuple[RealGene
 
 
 def task_specs(config: TrainConfig) -> list[str]:
-    """The tasks of a run: those asked for, else nano's six for nano data and the paper's seven for others."""
-    specs = list(config.tasks)
-    if not specs and config.data == "nano":
-        from realgeneral.nano.pairs import NANO_TASKS
-
-        specs = list(NANO_TASKS)
-    try:
-        tasks = [get_task(spec) for spec in specs or DEFAULT_TASKS]
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    names = [task.name for task in tasks]
-    if len(set(names)) != len(names):
-        raise UsageError(f"tasks must each be given once, got {names}")
-    return [task.spec for task in tasks]
-
-
-def picture_size(config: TrainConfig, pipe: RealGeneralPipeline) -> tuple[int, int]:
-    """(width, height) in pixels, checked against the geometry."""
-    height, width = pipe._size(config.height or None, config.width or None)
-    return width, height
+    """The tasks of a run."""
+    return run_tasks(config.tasks, config.data)
 
 
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
@@ -128,7 +110,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
     output = Path(config.output)
     resumed = checkpoint.start_or_resume(config, output)
-    source = open_source(config.data)
+    source = open_source(config.data, config.columns)
     pipe, info = load_models(config, accelerator)
     trainable = [p for p in pipe.transformer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -137,11 +119,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     model, optimizer = accelerator.prepare(pipe.transformer, optimizer)
 
     # 2. data: sample numbers continue where the checkpoint stopped
-    size = picture_size(config, pipe)
-    check = TextCheck(pipe.tokenizer, pipe.transformer.config.max_text_seq_length)
-    dataset = PairDataset(source, info.tasks, config.task_weights, size, config.seed, config.strict, check)
+    dataset = training_dataset(config, pipe, info.tasks, source)
     per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    sampler = RunSampler(start * per_step, config.steps * per_step, accelerator.process_index, accelerator.num_processes)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    sampler = RunSampler(start * per_step, config.steps * per_step, rank, world, dataset.order.run)
     loader = DataLoader(
         dataset,
         config.batch_size,
@@ -150,7 +131,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         collate_fn=collate,
         worker_init_fn=_leave_interrupts_to_the_trainer,
     )
-    batches, texts = iter(loader), TextCache(pipe)
+    batches, texts = iter(loader), training_texts(pipe, dataset)
     log = checkpoint.MetricsLog(output / "metrics.jsonl", start, config.tensorboard, accelerator.is_main_process)
 
     # 3. steps

@@ -6,21 +6,23 @@ import random
 
 from PIL import Image, ImageOps
 
-from realgeneral.data import Row
-from realgeneral.nano.emoji import Concept, caption, load_emoji
+from realgeneral.nano.emoji import PARQUET, Concept, caption, load_emoji
+from realgeneral.records import BaseSource, Picture, Record, file_stamp
 
 # the black-icon style is left to the base: as a target it is nearly its own edge map
 TARGET_STYLES = ("flat", "3d", "noto")
 NANO_TASKS = ("customization", "canny", "inpainting", "colouring", "deblurring:radius=16.0", "image-to-sketch")
 
 
-class NanoSource:
+class NanoSource(BaseSource):
     """One row per concept and target style of a split.
 
     Args:
         split: "train" or "held_out".
         augment: Mirror, shift and scale pictures at random; the reference gets the same transform.
     """
+
+    seeded = True  # the reference's style, and the transform
 
     def __init__(self, split: str, augment: bool = True) -> None:
         self.concepts = load_emoji(split)
@@ -34,7 +36,7 @@ class NanoSource:
         concept, style = self._find(index)
         return caption(concept, style)
 
-    def row(self, index: int, seed: int) -> Row:
+    def record(self, index: int, seed: int) -> Record:
         """The picture, its caption, and a reference in another style."""
         concept, style = self._find(index)
         rng = random.Random(seed)
@@ -45,7 +47,12 @@ class NanoSource:
             target = _transformed(target, rng)
             rng.setstate(state)
             reference = _transformed(reference, rng)
-        return Row(caption(concept, style), target, caption(concept, style), subject=concept.name, reference=reference)
+        text = caption(concept, style)
+        return Record(text, Picture(target), text, subject=concept.name, reference=Picture(reference))
+
+    def stamp(self) -> str:
+        """Of the packaged file, and the split."""
+        return f"{file_stamp([PARQUET])} {len(self)}"
 
     def _find(self, index: int) -> tuple[Concept, str]:
         concept, style = divmod(index, len(TARGET_STYLES))

@@ -98,7 +98,8 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     """The error lists the commands."""
     assert main(["trian"]) == 2
     err = capsys.readouterr().err
-    assert err == "realgeneral: command must be one of ['demo', 'train', 'generate', 'evaluate'], got 'trian'\n"
+    commands = ["demo", "check-data", "precompute", "train", "generate", "evaluate"]
+    assert err == f"realgeneral: command must be one of {commands}, got 'trian'\n"
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "generate", "evaluate"])
@@ -134,6 +135,14 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) 
         (["generate", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["demo", "--concepts", "0"], "concepts must be at least 1, got 0"),
         (["evaluate", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["train", "--variants", "-1"], "variants must not be negative, got -1"),
+        (["train", "--buckets"], "expected at least one argument"),
+        (["check-data", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["check-data", "--num-workers", "-1"], "num_workers must not be negative, got -1"),
+        (["check-data", "--columns", "picture=x", "--data", "."], "field of --columns must be one of"),
+        (["check-data", "--base", "nano", "--buckets", "60x60"], "sides of buckets must be positive multiples of 8, got 60x60"),
+        (["precompute", "--variants", "0"], "variants must be at least 1, got 0"),
+        (["precompute", "--shard", "2/2"], "shard must be \"i/n\" with 0 <= i < n, got '2/2'"),
     ],
 )
 def test_wrong_options(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
@@ -214,6 +223,9 @@ def test_offload_without_a_gpu(work: dict[str, str], capsys: pytest.CaptureFixtu
         ({"init-adapter": "{other}"}, 2, "adapter must be for this base, got one trained on '2b'"),
         ({"init-adapter": "{adapter}", "tasks": None, "preset": "paper"}, 2, "adapter must be of preset 'paper'"),
         ({"output": "{root}/photo.png"}, 1, "output must be a folder that can be written"),
+        ({"precomputed": "{root}/empty"}, 1, "precomputed must be a folder that realgeneral precompute wrote, got"),
+        ({"buckets": "16x20"}, 2, "sides of buckets must be positive multiples of 16, got 16x20"),
+        ({"columns": "target=x"}, 2, "columns must not be given for a folder of pictures with captions"),
         ({"base": "{root}/nothing"}, 1, "nothing"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
@@ -262,6 +274,18 @@ def test_train_then_generate(work: dict[str, str], capsys: pytest.CaptureFixture
     assert main(generate_args(work, adapter=f"{work['run']}/adapter")) == 0
     assert capsys.readouterr().out.strip() == work["out"]
     assert Path(work["out"]).is_file()
+
+
+def test_check_precompute_train(work: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The three commands of a data set, one after the other."""
+    common = ["--base", work["base"], "--data", work["pictures"], "--tasks", "canny", "--height", "16", "--width", "32"]
+    assert main(["check-data", *common]) == 0
+    assert "1 rows, 0 bad, 0 duplicates" in capsys.readouterr().out
+    store = f"{work['root']}/made/store"
+    assert main(["precompute", *common, "--output", store]) == 0
+    assert f"4 entries encoded, 0 there already, 0 of 1 rows bad; store in {store}" in capsys.readouterr().out
+    assert main(train_args(work, precomputed=store)) == 0
+    assert "0 rows skipped" in capsys.readouterr().out
 
 
 def test_real_processes(work: dict[str, str]) -> None:

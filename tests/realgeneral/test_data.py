@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,34 @@ def test_ranks_share_the_samples() -> None:
     parts = [list(RunSampler(10, 21, rank, 2)) for rank in range(2)]
     assert sorted(parts[0] + parts[1]) == list(range(10, 21))
     assert [len(RunSampler(10, 21, rank, 2)) for rank in range(2)] == [len(part) for part in parts]
+
+
+def test_ranks_share_whole_batches() -> None:
+    """With buckets a batch belongs to one process: runs of its size, and the same number for each."""
+    parts = [list(RunSampler(12, 36, rank, 2, run=3)) for rank in range(2)]
+    assert parts[0][:6] == [12, 13, 14, 18, 19, 20]
+    assert sorted(parts[0] + parts[1]) == list(range(12, 36))
+    assert [len(RunSampler(12, 36, rank, 2, run=3)) for rank in range(2)] == [12, 12]
+    assert len(RunSampler(0, 7, 0, 1, run=3)) == len(list(RunSampler(0, 7, 0, 1, run=3))) == 7
+    assert len(RunSampler(6, 6, 0, 1, run=3)) == 0
+
+
+def test_variants_are_few_and_of_the_row(tmp_path: Path) -> None:
+    """With variants, a row has so many holes whatever the seed, each row its own; without, a new one each time."""
+    path = write_folder(tmp_path / "d", [{"target": picture(0), "prompt": f"a {i}"} for i in range(2)])
+
+    def holes(seed: int, variants: int) -> dict[str, set[bytes]]:
+        data, found = dataset(path, ("inpainting",), seed=seed, variants=variants), defaultdict(set)
+        for n in range(40):
+            found[data[n].name].add(data[n].conditions.numpy().tobytes())
+        return found
+
+    few = holes(0, 3)
+    assert [len(found) for found in few.values()] == [3, 3]
+    assert few == holes(1, 3)
+    first, second = few.values()
+    assert not first & second
+    assert all(len(found) > 10 for found in holes(0, 0).values())
 
 
 def test_task_weights(tmp_path: Path) -> None:
@@ -486,7 +515,7 @@ def test_batches_need_equally_many_conditions(tmp_path: Path) -> None:
     rows = good_rows(2)
     rows[0]["condition"], rows[1]["condition"] = [picture(5)], [picture(5), picture(6)]
     data = dataset(write_folder(tmp_path / "d", rows))
-    with pytest.raises(Failure, match=r"same number of conditions, got \[1, 2\]"):
+    with pytest.raises(Failure, match=r"same number of conditions, got \[1, 2\]; --buckets groups such rows"):
         collate([data[0], data[1]])
 
 

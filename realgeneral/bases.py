@@ -1,0 +1,111 @@
+"""A base without its largest parts: encoders without transformer to precompute, transformer without encoders to train."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
+
+from realgeneral.errors import Failure
+from realgeneral.pipeline import RealGeneralPipeline, resolve_base
+from realgeneral.transformer import RealGeneralTransformer3DModel
+from realgeneral.vae import fold_single_frame
+
+VAE_PARTS, TEXT_PARTS = ("vae",), ("text_encoder", "tokenizer")
+
+
+def base_folder(base: str, parts: Sequence[str]) -> Path:
+    """The folder of a base, downloaded if it is a hub id: the named parts and all configurations."""
+    folder = Path(resolve_base(base))
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(base, allow_patterns=["*.json", "*.model", *(f"{part}/*" for part in parts)]))
+    except (OSError, ValueError) as error:  # its own errors derive from these
+        told = " ".join(str(error).split())
+        raise Failure(f"base must be a checkpoint folder or a hub id that can be had, got {base}: {told}") from None
+
+
+def fingerprints(base: str) -> tuple[str, str]:
+    """Hashes of the files of the VAE, and of the text encoder with its tokenizer; reads them whole."""
+    folder = base_folder(base, (*VAE_PARTS, *TEXT_PARTS))
+    return tuple(  # type: ignore[return-value]
+        hashlib.sha256("".join(folder_fingerprint(folder / part) for part in parts).encode()).hexdigest()[:32]
+        for parts in (VAE_PARTS, TEXT_PARTS)
+    )
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Hash of the names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    if not files:
+        raise Failure(f"{folder} must hold the files of a model, found none")
+    for path in files:
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(2**24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def load_for_data(base: str) -> RealGeneralPipeline:
+    """Only what data must fit: tokenizer, sizes, text window. Neither weights nor memory of any model."""
+    from transformers import AutoTokenizer
+
+    folder = base_folder(base, ("tokenizer",))
+    for part in ("tokenizer", "transformer", "vae"):
+        if not (folder / part).is_dir():
+            raise Failure(f"base must be a CogVideoX checkpoint, got {folder} without {part}")
+    with torch.device("meta"):
+        config = RealGeneralTransformer3DModel.load_config(folder, subfolder="transformer")
+        transformer = RealGeneralTransformer3DModel.from_config(config)
+        vae = AutoencoderKLCogVideoX.from_config(AutoencoderKLCogVideoX.load_config(folder, subfolder="vae"))
+    tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    pipe = RealGeneralPipeline(tokenizer, None, vae, transformer, CogVideoXDDIMScheduler())
+    pipe.vae = None
+    return pipe
+
+
+def load_pipeline(base: str, dtype: torch.dtype, **parts: Any) -> RealGeneralPipeline:
+    """A base, or the rest of it beside given `parts`: VAE and text encoder frozen, the VAE folded to single frames."""
+    pipe = RealGeneralPipeline.from_pretrained(base, dtype=dtype, **parts)
+    fold_single_frame(pipe.vae)
+    for module in (pipe.vae, pipe.text_encoder):
+        module.requires_grad_(False).eval()
+    return pipe
+
+
+def load_encoders(pipe: RealGeneralPipeline, base: str, dtype: torch.dtype, device: Any) -> None:
+    """Give a pipeline the VAE and text encoder of its base, frozen, as training has them."""
+    loaded = load_pipeline(base, dtype, transformer=pipe.transformer)
+    pipe.vae, pipe.text_encoder = loaded.vae.to(device), loaded.text_encoder.to(device)
+
+
+def load_without_encoders(base: str, dtype: torch.dtype) -> RealGeneralPipeline:
+    """A pipeline whose VAE and text encoder are not loaded: they are None."""
+    pipe = RealGeneralPipeline.from_pretrained(base, dtype=dtype, vae=None, text_encoder=None)
+    config = AutoencoderKLCogVideoX.load_config(base_folder(base, ()), subfolder="vae")
+    # without a VAE diffusers takes 8
+    pipe.vae_scale_factor_spatial = 2 ** (len(config["block_out_channels"]) - 1)
+    return pipe
+
+
+@contextlib.contextmanager
+def with_encoders(pipe: RealGeneralPipeline, base: str, dtype: torch.dtype) -> Iterator[None]:
+    """Load VAE and text encoder if they are not there, and drop them afterwards."""
+    missing = pipe.vae is None
+    if missing:
+        load_encoders(pipe, base, dtype, pipe.transformer.device)
+    try:
+        yield
+    finally:
+        if missing:
+            pipe.vae = pipe.text_encoder = None

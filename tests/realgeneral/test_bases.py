@@ -1,0 +1,71 @@
+"""Bases in parts: what is loaded, what is not, and fingerprints of files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import tiny_text_encoder
+
+from realgeneral.bases import fingerprints, load_for_data, load_without_encoders, with_encoders
+from realgeneral.errors import Failure
+
+
+def test_data_needs_no_weights(base: Path, tmp_path: Path) -> None:
+    """Sizes, text window and tokenizer come from a folder without any weights."""
+    for part in ("transformer", "vae", "tokenizer"):
+        shutil.copytree(base / part, tmp_path / part, ignore=shutil.ignore_patterns("*.safetensors"))
+    pipe = load_for_data(str(tmp_path))
+    assert pipe.size_multiple == 16
+    assert pipe._size(None, None) == ((320, 320) if pipe.transformer.config.patch_size_t else (64, 96))
+    shutil.rmtree(tmp_path / "vae")
+    with pytest.raises(Failure, match=r"base must be a CogVideoX checkpoint, got .* without vae"):
+        load_for_data(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["/nowhere", "owner/nothing"])
+def test_a_base_that_is_not_there(name: str) -> None:
+    """Neither a folder nor a hub id that is at hand (the tests are offline): one line with its name."""
+    with pytest.raises(Failure, match=rf"base must be a checkpoint folder or a hub id that can be had, got {name}: ."):
+        load_for_data(name)
+
+
+def test_nano_sizes_without_its_vae() -> None:
+    """Its VAE has factor 4 where diffusers would take 8."""
+    for pipe in (load_for_data("nano"), load_without_encoders("nano", torch.float32)):
+        assert (pipe._size(None, None), pipe.size_multiple) == ((64, 64), 8)
+        assert pipe.vae is pipe.text_encoder is None
+
+
+def test_encoders_for_a_moment(bases: dict[str, Path]) -> None:
+    """They are frozen, folded, and gone afterwards, also after an error; those that were there stay."""
+    pipe = load_without_encoders(str(bases["5b"]), torch.bfloat16)
+    transformer = pipe.transformer
+
+    def use() -> None:
+        with with_encoders(pipe, str(bases["5b"]), torch.bfloat16):
+            assert pipe.vae.dtype == pipe.text_encoder.dtype == torch.bfloat16
+            assert not any(p.requires_grad for p in [*pipe.vae.parameters(), *pipe.text_encoder.parameters()])
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        use()
+    assert pipe.vae is pipe.text_encoder is None
+    assert pipe.transformer is transformer
+    assert transformer.dtype == torch.bfloat16
+
+
+def test_fingerprints_follow_the_files(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Each encoder has its own; a copy has the same, changed weights have another."""
+    shutil.copytree(bases["5b"], tmp_path / "copy")
+    before = fingerprints(str(bases["5b"]))
+    assert fingerprints(str(tmp_path / "copy")) == before
+    tiny_text_encoder(seed=1).save_pretrained(tmp_path / "copy" / "text_encoder")
+    vae, text = fingerprints(str(tmp_path / "copy"))
+    assert vae == before[0]
+    assert text != before[1]
+    shutil.rmtree(tmp_path / "copy" / "vae")
+    with pytest.raises(Failure, match="vae must hold the files of a model, found none"):
+        fingerprints(str(tmp_path / "copy"))
