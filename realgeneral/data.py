@@ -254,8 +254,12 @@ def make_row(name: str, record: dict[str, Any], read: Any) -> Row:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the trainer needs of one pair; `skipped` names the bad rows that were passed over to get it."""
+    """What the trainer needs of one pair; `skipped` names the bad rows that were passed over to get it.
 
+    `number` is the place in the run, from which its noise is drawn.
+    """
+
+    number: int
     name: str
     target: Tensor
     conditions: Tensor
@@ -317,7 +321,7 @@ class PairDataset(Dataset[Sample]):
         for attempt in range(min(len(self.source), 1000)):
             index = self._row_index(n, attempt)
             try:
-                return self.sample(index, rng.randrange(2**31), tuple(skipped))
+                return self.sample(index, rng.randrange(2**31), tuple(skipped), n)
             except Failure as error:
                 if self.strict:
                     raise
@@ -332,7 +336,7 @@ class PairDataset(Dataset[Sample]):
             self._order = (epoch, torch.randperm(len(self.source), generator=generator).tolist())
         return self._order[1][(position + attempt) % len(self.source)]
 
-    def sample(self, index: int, seed: int, skipped: tuple[str, ...] = ()) -> Sample:
+    def sample(self, index: int, seed: int, skipped: tuple[str, ...] = (), number: int = 0) -> Sample:
         """Make the sample of one row; Failure if the row is bad."""
         row = self.source.row(index, seed)
         if self.check is not None:
@@ -349,7 +353,7 @@ class PairDataset(Dataset[Sample]):
         except ValueError as error:
             raise Failure(f"{row.name}: {error}") from None
         pixels = torch.stack([to_pixels(fit_picture(c, width, height)) for c in conditions])
-        return Sample(row.name, to_pixels(made), pixels, row.prompt, task.name, row.subject, skipped)
+        return Sample(number, row.name, to_pixels(made), pixels, row.prompt, task.name, row.subject, skipped)
 
     def _task(self, row: Row, seed: int) -> Task:
         if row.task is not None:

@@ -15,6 +15,7 @@ import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_sincos_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from rgkernels import SegmentLayout
 
@@ -158,9 +159,10 @@ class Geometry:
         return _sincos(self, *self.grid(height, width), frames, str(device), dtype)
 
 
-# the cached tables outlive the mode that a first caller may be in, and training cannot save inference tensors
+# the cached tables outlive the mode that a first caller may be in: training cannot save inference tensors, nor run on fake ones
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
+@unset_fake_temporarily()  # type: ignore[no-untyped-call]
 def _rotary(geometry: Geometry, rows: int, columns: int, frames: tuple[int, ...], device: str) -> tuple[Tensor, Tensor]:
     p = geometry.patch_size
     base_height, base_width = geometry.sample_height // p, geometry.sample_width // p
@@ -177,6 +179,7 @@ def _rotary(geometry: Geometry, rows: int, columns: int, frames: tuple[int, ...]
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
+@unset_fake_temporarily()  # type: ignore[no-untyped-call]
 def _sincos(geometry: Geometry, rows: int, columns: int, frames: tuple[int, ...], device: str, dtype: torch.dtype) -> Tensor:
     table = get_3d_sincos_pos_embed(
         geometry.dim,

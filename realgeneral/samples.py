@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from PIL import Image
 
 from realgeneral.adapter import AdapterInfo
 from realgeneral.config import TrainConfig
 from realgeneral.data import PairDataset, Source, TextCheck
-from realgeneral.pictures import picture_grid, save_picture
+from realgeneral.pictures import picture_grid
 from realgeneral.pipeline import RealGeneralPipeline
 
 
-def sample_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source, path: Path) -> None:
-    """Write a grid (condition | result | target) of the first `sample_count` rows of a fixed order; held-out rows for nano."""
+def sample_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source) -> Image.Image:
+    """A grid (condition | result | target) of the first `sample_count` rows of a fixed order; held-out rows for nano.
+
+    A result equals what `realgeneral generate` makes of the same prompt, condition, seed, steps and guidance, bit for bit in
+    float32.
+    """
     if config.data == "nano":
         from realgeneral.nano.pairs import NanoSource
 
@@ -42,7 +44,7 @@ def sample_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInf
             ).images[0]
         rows.append([conditions[0], result, to_picture(sample.target)])
         labels.append(f"{sample.task}\n{sample.prompt[:28]}")
-    save_picture(picture_grid(rows, ("condition", "result", "target"), labels, max(1, 128 // width)), path)
+    return picture_grid(rows, ("condition", "result", "target"), labels, max(1, 128 // width))
 
 
 def to_picture(pixels: torch.Tensor) -> Image.Image:

@@ -19,7 +19,7 @@ from conftest import make_photo
 from PIL import Image
 from safetensors.torch import load_file
 
-from realgeneral import RealGeneralPipeline, checkpoint
+from realgeneral import RealGeneralPipeline, checkpoint, tracking
 from realgeneral import train as train_module
 from realgeneral.adapter import CONDITION_FILE, LORA_FILE, read_adapter_info
 from realgeneral.config import TrainConfig
@@ -77,7 +77,7 @@ class Killed(BaseException):
 
 def train_until(config: TrainConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run and die right after the row of `step` is logged."""
-    original = checkpoint.MetricsLog.step
+    original = tracking.MetricsLog.step
 
     def dying(self: Any, done: int, *args: Any) -> None:
         original(self, done, *args)
@@ -85,7 +85,7 @@ def train_until(config: TrainConfig, step: int, monkeypatch: pytest.MonkeyPatch)
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.MetricsLog, "step", dying)
+        patch.setattr(tracking.MetricsLog, "step", dying)
         with pytest.raises(Killed):
             train(config)
 
@@ -518,14 +518,14 @@ def test_killed_process_resumes_to_the_same_losses(config: Callable[..., TrainCo
     def first_steps(made: TrainConfig, **changes: Any) -> list[float]:
         resumed = config(Path(made.output).name, steps=steps, save_every=7, keep_checkpoints=2, **changes)
         with pytest.MonkeyPatch.context() as patch:
-            original = checkpoint.MetricsLog.step
+            original = tracking.MetricsLog.step
 
             def dying(self: Any, done: int, *args: Any) -> None:
                 original(self, done, *args)
                 if done == stop_at:
                     raise Killed
 
-            patch.setattr(checkpoint.MetricsLog, "step", dying)
+            patch.setattr(tracking.MetricsLog, "step", dying)
             with pytest.raises(Killed):
                 train(resumed)
         return losses(made.output)

@@ -1,0 +1,77 @@
+"""The models of a training run: base, adapter, dtypes and devices."""
+
+from __future__ import annotations
+
+import torch
+
+from realgeneral.adapter import AdapterInfo, adapter_info, add_lora, load_adapter, mark_trainable
+from realgeneral.config import TrainConfig
+from realgeneral.errors import UsageError
+from realgeneral.kernels import use_kernels
+from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.recompute import checkpointing
+from realgeneral.tasks import DEFAULT_TASKS, get_task
+from realgeneral.vae import fold_single_frame
+
+
+def load_models(config: TrainConfig, device: torch.device) -> tuple[RealGeneralPipeline, AdapterInfo]:
+    """Base with a fresh or given adapter, frozen but for that; a transformer that will be sharded stays on the CPU."""
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    pipe = RealGeneralPipeline.from_pretrained(config.base, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    for module in (pipe.vae, pipe.text_encoder, pipe.transformer):
+        module.requires_grad_(False)
+    fold_single_frame(pipe.vae)
+    transformer = pipe.transformer
+    tasks = _start_from_adapter(config, pipe) if config.init_adapter else _fresh_adapter(config, pipe)
+    mark_trainable(transformer)
+    if config.gradient_checkpointing != "none":
+        transformer.enable_gradient_checkpointing(checkpointing(config.gradient_checkpointing))
+    use_kernels(transformer, config.fused_kernels, device)
+    info = adapter_info(transformer, tasks, config.base)
+    pipe.vae.to(device)
+    pipe.text_encoder.to(device).eval()
+    if config.engine != "fsdp2":
+        transformer.to(device)
+    transformer.train()
+    if config.compile:
+        transformer.compile(fullgraph=True)
+    return pipe, info
+
+
+def _fresh_adapter(config: TrainConfig, pipe: RealGeneralPipeline) -> list[str]:
+    tasks = task_specs(config)
+    pipe.transformer.configure_condition([get_task(spec).name for spec in tasks], config.preset)
+    torch.manual_seed(config.seed)
+    add_lora(pipe.transformer, config.rank, config.alpha or None, config.lora_targets)
+    return tasks
+
+
+def _start_from_adapter(config: TrainConfig, pipe: RealGeneralPipeline) -> list[str]:
+    info = load_adapter(pipe.transformer, resolve_adapter(config.init_adapter), preset=config.preset)
+    if (info.rank, info.alpha) != (config.rank, config.alpha or config.rank):
+        raise UsageError(
+            f"rank and alpha must be those of the adapter to start from, {info.rank} and {info.alpha:g}, "
+            f"got {config.rank} and {config.alpha or config.rank:g}"
+        )
+    tasks = task_specs(config) if config.tasks else list(info.tasks)
+    if tuple(get_task(spec).name for spec in tasks) != info.task_names:
+        raise UsageError(f"tasks must be those of the adapter to start from, {list(info.task_names)}, got {tasks}")
+    return tasks
+
+
+def task_specs(config: TrainConfig) -> list[str]:
+    """The tasks of a run: those asked for, else nano's six for nano data and the paper's seven for others."""
+    specs = list(config.tasks)
+    if not specs and config.data == "nano":
+        from realgeneral.nano.pairs import NANO_TASKS
+
+        specs = list(NANO_TASKS)
+    try:
+        tasks = [get_task(spec) for spec in specs or DEFAULT_TASKS]
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    names = [task.name for task in tasks]
+    if len(set(names)) != len(names):
+        raise UsageError(f"tasks must each be given once, got {names}")
+    return [task.spec for task in tasks]
