@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from types import MethodType
@@ -133,6 +134,8 @@ def shard(transformer: RealGeneralTransformer3DModel, device: torch.device) -> R
         The joint sequence runs through `block_forward`, not through a block's `forward`, around which FSDP's hooks run: the
         blocks get it as a method that FSDP knows.
     """
+    # a block's outputs are views, which would matter if anything here worked in place
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     # the root too: a gathered copy would hide weights that the average or a checkpoint puts into the shards
     unit = partial(fully_shard, mesh=mesh, reshard_after_forward=True)
@@ -140,7 +143,7 @@ def shard(transformer: RealGeneralTransformer3DModel, device: torch.device) -> R
         unit([block.norm1.linear, block.norm2.linear])  # type: ignore[union-attr]
         unit([own.norm1, own.norm2])  # type: ignore[union-attr]
         unit(block)
-        block.joint_forward = MethodType(_unit_forward, block)  # type: ignore[assignment]
+        block.joint_forward = MethodType(block_forward, block)  # type: ignore[assignment]
         register_fsdp_forward_method(block, "joint_forward")
     unit(transformer)
     register_fsdp_forward_method(transformer, "encode_condition")
@@ -150,12 +153,6 @@ def shard(transformer: RealGeneralTransformer3DModel, device: torch.device) -> R
 
 def _joint_forward(block: Any, *args: Any, **kwargs: Any) -> Any:
     return block.joint_forward(*args, **kwargs)
-
-
-def _unit_forward(block: Any, *args: Any, **kwargs: Any) -> Any:
-    residual, branch, own = block_forward(block, *args, **kwargs)
-    # training has no use for keys and values, and FSDP warns of outputs that are views
-    return residual, branch, None if torch.is_grad_enabled() else own
 
 
 class Stop:

@@ -87,7 +87,7 @@ def memory_budget(
         encode: Whether VAE and text encoder run in it (not with precomputed inputs).
 
     Note:
-        Not counted: what CUDA and its libraries hold for themselves, the allocator's fragmentation, temporaries inside a kernel,
+        Not counted: what CUDA and its libraries hold for themselves, the allocator's fragmentation, temporaries of a kernel,
         sample grids. With fsdp2 two blocks are counted as gathered at a time.
     """
     frozen = nbytes(p for p in pipe.transformer.parameters() if not p.requires_grad)

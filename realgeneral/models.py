@@ -33,10 +33,20 @@ def load_models(config: TrainConfig, device: torch.device) -> tuple[RealGeneralP
     pipe.text_encoder.to(device).eval()
     if config.engine != "fsdp2":
         transformer.to(device)
+    if device.type == "cpu":
+        _realign(pipe)
     transformer.train()
     if config.compile:
         transformer.compile(fullgraph=True)
     return pipe, info
+
+
+def _realign(pipe: RealGeneralPipeline) -> None:
+    # a checkpoint file is mapped into memory, where its tensors start anywhere; the bits of a product on a CPU depend on that, and
+    # DDP moves weights
+    for module in (pipe.vae, pipe.text_encoder, pipe.transformer):
+        for parameter in module.parameters():
+            parameter.data = parameter.data.clone()
 
 
 def _fresh_adapter(config: TrainConfig, pipe: RealGeneralPipeline) -> list[str]:
