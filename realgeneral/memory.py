@@ -73,6 +73,10 @@ class StepShape:
     height: int
     width: int
 
+    def __str__(self) -> str:
+        conditions = f"{self.conditions} condition{'s' if self.conditions > 1 else ''} each"
+        return f"{self.batch} samples per micro-step, {conditions}, {self.width} x {self.height} pixels"
+
 
 def memory_budget(
     pipe: RealGeneralPipeline, config: TrainConfig, shape: StepShape, processes: int = 1, encode: bool = True

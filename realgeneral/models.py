@@ -42,8 +42,8 @@ def load_models(config: TrainConfig, device: torch.device) -> tuple[RealGeneralP
 
 
 def _realign(pipe: RealGeneralPipeline) -> None:
-    # a checkpoint file is mapped into memory, where its tensors start anywhere; the bits of a product on a CPU depend on that, and
-    # DDP moves weights
+    # a checkpoint file is mapped into memory, where its tensors start anywhere; the bits of a product on a CPU depend on that,
+    # and DDP moves weights
     for module in (pipe.vae, pipe.text_encoder, pipe.transformer):
         for parameter in module.parameters():
             parameter.data = parameter.data.clone()

@@ -147,7 +147,7 @@ def plan_memory(
     size = StepShape(len(first.prompts), first.conditions.shape[1], *first.target.shape[-2:])
     budget = memory_budget(pipe, config, size, engine.world)
     if engine.is_main:
-        print(f"needs {budget} (micro-batches of {size})", flush=True)
+        print(f"needs {budget} ({size})", flush=True)
     return itertools.chain([first], batches), budget
 
 

@@ -1,9 +1,9 @@
 """Training in two processes on the CPU: equal to one process, and leaving together whatever happens in one of them.
 
-Where equality is demanded it is bit for bit, and this is why it holds. Two processes with micro-batches of one sample see the samples
-that one process sees in two micro-steps, in tensors of the same shapes, so each sample's loss and gradient have the same bits. The
-mean of two gradients is (a + b) / 2 or a / 2 + b / 2: halving is exact, and a sum of two terms has one order. Only the norm of a
-sharded gradient is summed in another order, so with FSDP2 these tests keep it from scaling anything.
+Where equality is demanded it is bit for bit, and this is why it holds. Two processes with micro-batches of one sample see the
+samples that one process sees in two micro-steps, in tensors of the same shapes, so each sample's loss and gradient have the
+same bits. The mean of two gradients is (a + b) / 2 or a / 2 + b / 2: halving is exact, and a sum of two terms has one order.
+Only the norm of a sharded gradient is summed in another order, so these tests keep it from scaling anything.
 """
 
 from __future__ import annotations
@@ -170,8 +170,8 @@ def test_two_processes_train_as_one(config: Callable[..., TrainConfig], engine: 
 def test_larger_micro_batches_and_checkpointing(config: Callable[..., TrainConfig]) -> None:
     """Ragged use: three samples per process over two micro-steps, selective checkpointing, preset paper, sharded, norm clipped.
 
-    Here sums have other orders, and AdamW turns the rounding of a gradient that is nearly zero into a step of up to the learning
-    rate: the losses agree as far as losses of one process do that accumulates instead of batching.
+    Here sums have other orders, and AdamW turns the rounding of a gradient that is nearly zero into a step of up to the
+    learning rate: the losses agree as far as those of one process do that accumulates instead of batching.
     """
     shared = {"preset": "paper", "max_grad_norm": 0.5, "steps": 3, "ema_decay": 0.0}
     two = config(
