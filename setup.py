@@ -18,6 +18,7 @@ TRAIN = [
     "opencv-python-headless",
     "peft>=0.17",
     "pillow>=10",
+    "psutil",
     "pyarrow",
     "pyyaml",
     "safetensors",
@@ -49,6 +50,8 @@ setup(
         "nano": ["resvg_py"],
         "datasets": ["datasets>=3"],
         "dev": DEV,
+        "8bit": ["bitsandbytes>=0.45"],
+        "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["realgeneral = realgeneral.cli:main"]},
 )

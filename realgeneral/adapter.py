@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -28,6 +28,7 @@ from torch import nn
 import rgkernels
 from realgeneral.errors import Failure, UsageError
 from realgeneral.layout import PRESETS
+from realgeneral.shards import whole
 from realgeneral.tasks import get_task
 from realgeneral.transformer import RealGeneralTransformer3DModel
 
@@ -206,6 +207,26 @@ def adapter_info(transformer: RealGeneralTransformer3DModel, tasks: Sequence[str
     )
 
 
+class AdapterTensors(NamedTuple):
+    """An adapter as it goes to disk: LoRA (names as in PEFT), PEFT's settings, and condition branch; CPU tensors."""
+
+    lora: dict[str, torch.Tensor]
+    lora_config: dict[str, Any]
+    branch: dict[str, torch.Tensor]
+
+
+def adapter_tensors(transformer: RealGeneralTransformer3DModel, keep: bool = True) -> AdapterTensors:
+    """Read the adapter out of a model; where its parameters are shards, all processes must call it.
+
+    Args:
+        transformer: Model with a LoRA named "default".
+        keep: False only takes part in the gathering (see `realgeneral.shards.whole`).
+    """
+    lora = whole(get_peft_model_state_dict(transformer), keep)
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in transformer.peft_config["default"].to_dict().items()}
+    return AdapterTensors(lora, config, whole(transformer.condition_parameters(), keep))
+
+
 def save_adapter(
     transformer: RealGeneralTransformer3DModel,
     folder: str | os.PathLike[str],
@@ -220,19 +241,25 @@ def save_adapter(
         info: From `adapter_info`.
         dtype: Dtype on disk, None = as trained.
     """
+    lora, config, branch = adapter_tensors(transformer)
+    lora, branch = ({name: x.to(dtype or x.dtype) for name, x in part.items()} for part in (lora, branch))
+    write_adapter(AdapterTensors(lora, config, branch), folder, info)
+
+
+def write_adapter(tensors: AdapterTensors, folder: str | os.PathLike[str], info: AdapterInfo) -> None:
+    """Write what `adapter_tensors` returned, as `save_adapter` does; one process is enough."""
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    cast = (lambda x: x.detach().cpu().contiguous()) if dtype is None else (lambda x: x.detach().to("cpu", dtype).contiguous())
-    lora = {name: cast(x) for name, x in get_peft_model_state_dict(transformer).items()}
-    metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in transformer.peft_config["default"].to_dict().items()}
-    branch = {name: cast(x) for name, x in transformer.condition_parameters().items()}
     try:
         CogVideoXPipeline.save_lora_weights(
-            str(partial), transformer_lora_layers=lora, transformer_lora_adapter_metadata=metadata, weight_name=LORA_FILE
+            str(partial),
+            transformer_lora_layers=tensors.lora,
+            transformer_lora_adapter_metadata=tensors.lora_config,
+            weight_name=LORA_FILE,
         )
-        save_file(branch, partial / CONDITION_FILE, info.to_metadata())
+        save_file(tensors.branch, partial / CONDITION_FILE, info.to_metadata())
         folder.mkdir(parents=True, exist_ok=True)
         for name in (LORA_FILE, CONDITION_FILE):
             os.replace(partial / name, folder / name)

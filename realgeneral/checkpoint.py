@@ -1,16 +1,16 @@
-"""Checkpoints and logs of a training run: written whole or not at all, and enough to continue exactly.
+"""Checkpoints of a training run: written whole or not at all, and enough to continue exactly.
 
 A checkpoint `checkpoints/step-000200/` holds the adapter (as trained, float32) and `training_state.pt` (optimizer, average,
-step, settings; read with `weights_only=True`). Random numbers need no state: they are functions of (seed, step).
+step, settings; read with `weights_only=True`). Random numbers need no state: they are functions of (seed, sample number). All
+tensors are whole, whatever the engine: a run may continue on another number of processes, or with another engine.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
-from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,19 @@ from typing import Any
 import torch
 from peft.utils import set_peft_model_state_dict
 
-from realgeneral.adapter import CONDITION_FILE, LORA_FILE, AdapterInfo, copy_branch, read_tensors, save_adapter
+from realgeneral.adapter import (
+    CONDITION_FILE,
+    LORA_FILE,
+    AdapterInfo,
+    AdapterTensors,
+    adapter_tensors,
+    copy_branch,
+    read_tensors,
+    write_adapter,
+)
 from realgeneral.config import TrainConfig, check_resumable
 from realgeneral.errors import Failure, UsageError
+from realgeneral.shards import shard_like, whole
 
 STATE_FILE = "training_state.pt"
 
@@ -32,8 +42,13 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(complete, key=lambda p: int(p.name.removeprefix("step-")))
 
 
-def start_or_resume(config: TrainConfig, output: Path) -> Path | None:
+def start_or_resume(config: TrainConfig, output: Path, processes: int = 1) -> Path | None:
     """The checkpoint to continue from, or None for a fresh run.
+
+    Args:
+        config: Of this run.
+        output: Its folder.
+        processes: That take part in it.
 
     Raises:
         UsageError: The folder holds a run and `resume` is off, or the settings differ from that run's.
@@ -48,23 +63,54 @@ def start_or_resume(config: TrainConfig, output: Path) -> Path | None:
         return None
     if not config.resume:
         raise UsageError(f"output must be a new folder, got {output} which holds {found[-1].name}; add --resume to continue it")
-    check_resumable(_read_state(found[-1])["config"], config)
+    state = _read_state(found[-1])
+    check_resumable(state["config"], config)
+    samples = samples_per_step(config, processes)
+    if state["samples_per_step"] != samples:
+        raise UsageError(
+            "batch_size * gradient_accumulation_steps * processes must be "
+            f"{state['samples_per_step']} as in the run to resume, got {samples}"
+        )
     return found[-1]
 
 
-def save(output: Path, config: TrainConfig, info: AdapterInfo, step: int, transformer: Any, optimizer: Any, ema: Any) -> Path:
+def samples_per_step(config: TrainConfig, processes: int) -> int:
+    """Samples of one optimizer step, over all processes and micro-steps."""
+    return config.batch_size * config.gradient_accumulation_steps * processes
+
+
+def snapshot(
+    config: TrainConfig, step: int, processes: int, transformer: Any, optimizer: Any, ema: Any, keep: bool = True
+) -> tuple[AdapterTensors, dict[str, Any]]:
+    """Adapter and training state as they go to disk; where parameters are shards, all processes must call it.
+
+    Args:
+        config: Of the run.
+        step: Steps done.
+        processes: That take part in it.
+        transformer: The model.
+        optimizer: Its optimizer.
+        ema: Its average, or None.
+        keep: False only takes part in the gathering (see `realgeneral.shards.whole`).
+    """
+    state = {
+        "step": step,
+        "config": asdict(config),
+        "samples_per_step": samples_per_step(config, processes),
+        "optimizer": whole(optimizer.state_dict(), keep),
+        "ema": whole(ema.state_dict(), keep) if ema is not None else None,
+    }
+    return adapter_tensors(transformer, keep), state
+
+
+def save(output: Path, info: AdapterInfo, adapter: AdapterTensors, state: dict[str, Any]) -> Path:
     """Write `step-NNNNNN` beside its final name, rename it, and drop the oldest beyond `keep_checkpoints`."""
+    step, keep = state["step"], state["config"]["keep_checkpoints"]
     final = output / "checkpoints" / f"step-{step:06d}"
     partial = final.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        save_adapter(transformer, partial, info)
-        state = {
-            "step": step,
-            "config": asdict(config),
-            "optimizer": optimizer.state_dict(),
-            "ema": ema.state_dict() if ema is not None else None,
-        }
+        write_adapter(adapter, partial, info)
         torch.save(state, partial / STATE_FILE)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
@@ -73,21 +119,27 @@ def save(output: Path, config: TrainConfig, info: AdapterInfo, step: int, transf
         raise Failure(
             f"checkpoint of step {step} could not be written to {final.parent} ({error}); earlier ones are intact"
         ) from None
-    for old in checkpoints(output)[: -config.keep_checkpoints]:
+    for old in checkpoints(output)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def load(folder: Path, transformer: Any, optimizer: Any, ema: Any) -> int:
-    """Restore weights, optimizer and average; returns the number of steps done."""
-    state = _read_state(folder)
+def load_weights(folder: Path, transformer: Any) -> None:
+    """Restore the adapter's weights; before the model is sharded."""
     copy_branch(transformer, read_tensors(folder / CONDITION_FILE), folder / CONDITION_FILE)
     lora = {name.removeprefix("transformer."): x for name, x in read_tensors(folder / LORA_FILE).items()}
     set_peft_model_state_dict(transformer, lora)
+
+
+def load_state(folder: Path, parameters: Sequence[Any], optimizer: Any, ema: Any) -> int:
+    """Restore optimizer and average over `parameters`, whole or sharded; returns the number of steps done."""
+    state = _read_state(folder)
+    for index, entry in state["optimizer"]["state"].items():
+        state["optimizer"]["state"][index] = {name: shard_like(x, parameters[index]) for name, x in entry.items()}
     optimizer.load_state_dict(state["optimizer"])
     if ema is not None:
-        ema.load_state_dict(state["ema"])
-        ema.to(transformer.device)
+        shadows = zip(state["ema"]["shadow_params"], parameters, strict=True)
+        ema.load_state_dict({**state["ema"], "shadow_params": [shard_like(x, p).to(p.device) for x, p in shadows]})
     return int(state["step"])
 
 
@@ -99,76 +151,3 @@ def _read_state(folder: Path) -> dict[str, Any]:
             f"{folder / STATE_FILE} must be a complete file, got a damaged one; remove {folder.name} to resume before it"
         ) from None
     return state
-
-
-class MetricsLog:
-    """`metrics.jsonl`, one row per step; rows past the checkpoint that a run resumes from are dropped, since they run again."""
-
-    def __init__(self, path: Path, start: int, tensorboard: bool, is_main: bool = True) -> None:
-        self.path, self.is_main = path, is_main
-        self.bad: list[str] = []
-        self.losses: list[float] = []
-        self.writer = None
-        if not is_main:  # one process writes
-            return
-        kept = []
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [row for row in map(_parse, lines) if row is not None and row["step"] <= start]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(partial, path)
-        self.losses = [row["loss"] for row in kept]
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(path.parent / "tensorboard"), purge_step=start + 1)
-
-    def skipped(self, rows: list[str]) -> None:
-        """Note bad rows; each is told once."""
-        for row in rows:
-            if row not in self.bad:
-                self.bad.append(row)
-                if self.is_main:
-                    print(f"skipped: {row}", flush=True)
-
-    def step(self, step: int, losses: torch.Tensor, tasks: list[str], seconds: float, config: TrainConfig, bar: Any) -> None:
-        """Write one row: mean loss, loss by task, learning-rate-free speed."""
-        by_task: dict[str, list[float]] = defaultdict(list)
-        for task, value in zip(tasks, losses.tolist(), strict=True):
-            by_task[task].append(value)
-        loss = losses.mean().item()
-        row: dict[str, Any] = {
-            "step": step,
-            "loss": loss,
-            "samples_per_second": round(len(losses) / seconds, 2),
-            "tasks": {task: sum(values) / len(values) for task, values in sorted(by_task.items())},
-        }
-        self.losses.append(loss)
-        if not self.is_main:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if step % config.log_every == 0:
-            recent = self.losses[-config.log_every :]
-            bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", samples_s=row["samples_per_second"])
-            if self.writer is not None:
-                self.writer.add_scalar("loss", sum(recent) / len(recent), step)
-                for task, value in row["tasks"].items():
-                    self.writer.add_scalar(f"loss/{task}", value, step)
-                self.writer.flush()
-
-    def summary(self, steps: int, adapter: Path) -> dict[str, Any]:
-        """What `train` returns."""
-        tail = self.losses[-max(1, steps // 10) :]
-        loss = sum(tail) / len(tail) if tail else float("nan")
-        return {"loss": loss, "steps": steps, "skipped": len(self.bad), "adapter": str(adapter), "log": str(self.path)}
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    # a killed run may leave half a line
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row if isinstance(row, dict) and "step" in row else None

@@ -9,10 +9,10 @@ from realgeneral.adapter import LORA_TARGETS
 from realgeneral.errors import UsageError
 
 
-def _opt(help: str, default: Any = None, *, many: tuple[str, ...] | None = None) -> Any:
+def _opt(help: str, default: Any = None, *, many: tuple[str, ...] | None = None, **argparse: Any) -> Any:
     if many is not None:
         return field(default_factory=lambda: list(many), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help, **argparse})
 
 
 def _check_at_least_one(config: Any, *names: str) -> None:
@@ -69,7 +69,16 @@ class TrainConfig:
     text_dropout: float = _opt("probability of an empty prompt (classifier-free guidance)", 0.1)
     condition_dropout: float = _opt("probability of an empty condition", 0.1)
     mixed_precision: Literal["no", "bf16"] = _opt("bf16: base in bfloat16, trained weights in float32, autocast", "no")
-    gradient_checkpointing: bool = _opt("recompute activations in the backward pass", False)
+    gradient_checkpointing: Literal["none", "full", "selective"] = _opt(
+        "recompute activations in the backward pass: full (the flag alone), or selective, which keeps attention's outputs",
+        "none",
+        nargs="?",
+        const="full",
+    )
+    optimizer: Literal["adamw", "adamw8bit", "paged-adamw8bit"] = _opt(
+        "8-bit states need CUDA and the package bitsandbytes; paged ones move to the CPU when the GPU is full", "adamw"
+    )
+    engine: Literal["ddp", "fsdp2"] = _opt("several processes: a copy of the model in each, or one shared out", "ddp")
     fused_kernels: bool = _opt("run the model on the Triton kernels of rgkernels", False)
     compile: bool = _opt("torch.compile the transformer (a minute at the start; rounding differs from eager)", False)
     seed: int = _opt("seed of everything", 0)
@@ -83,10 +92,17 @@ class TrainConfig:
     num_workers: int = _opt("data-loading processes", 0)
     resume: bool = _opt("continue from the newest checkpoint in --output, if there is one", False)
     strict: bool = _opt("stop at the first bad row instead of skipping it", False)
-    tensorboard: bool = _opt("also write TensorBoard events", False)
+    tracker: Literal["none", "tensorboard", "wandb"] = _opt("where the curves go besides metrics.jsonl", "none")
+    tensorboard: bool = _opt("the same as --tracker tensorboard", False)
     debug: bool = _opt("show the traceback of an error", False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.gradient_checkpointing, bool):  # it was a switch once
+            object.__setattr__(self, "gradient_checkpointing", "full" if self.gradient_checkpointing else "none")
+        if self.tensorboard and self.tracker not in ("none", "tensorboard"):
+            raise UsageError(f"tracker must be tensorboard with --tensorboard, got {self.tracker}")
+        if self.tensorboard:
+            object.__setattr__(self, "tracker", "tensorboard")
         _check_at_least_one(
             self, "steps", "batch_size", "gradient_accumulation_steps", "rank", "save_every", "keep_checkpoints", "log_every"
         )
@@ -109,10 +125,11 @@ class TrainConfig:
             raise UsageError(f"task_weights must not be negative and not all 0, got {self.task_weights}")
 
 
-# settings that may differ between a run and its continuation without changing what is learned from the next batch
+# settings that may differ between a run and its continuation without changing what is learned from the next batch; the samples
+# per optimizer step must stay the same, over however many processes and micro-steps
 RESUMABLE = frozenset(
     "output resume debug save_every keep_checkpoints sample_every sample_count sample_steps guidance_scale log_every "
-    "num_workers strict tensorboard fused_kernels gradient_checkpointing".split()
+    "num_workers strict tensorboard tracker fused_kernels gradient_checkpointing engine gradient_accumulation_steps".split()
 )
 
 

@@ -48,8 +48,10 @@ class Sample:
     """What the trainer needs of one pair; `skipped` names the bad rows that were passed over to get it.
 
     `target` and `conditions` are pixels, [3, H, W] and [K, 3, H, W]; if `encoded`, latents [C, h, w] and [K, C, h, w].
+    `number` is the place in the run, from which its noise is drawn.
     """
 
+    number: int
     name: str
     target: Tensor
     conditions: Tensor
@@ -172,7 +174,7 @@ class PairDataset(Dataset[Sample]):
         for attempt in range(min(self.order.choices(n), 1000)):
             index, size = self.order.place(n, attempt)
             try:
-                return self.sample(index, rng.randrange(2**31), tuple(skipped), size)
+                return self.sample(index, rng.randrange(2**31), tuple(skipped), size, n)
             except StoreFailure:
                 raise
             except Failure as error:
@@ -181,7 +183,7 @@ class PairDataset(Dataset[Sample]):
                 skipped.append(str(error))
         raise Failure(f"data must hold good rows, got {len(skipped)} bad ones in a row; the first: {skipped[0]}")
 
-    def sample(self, index: int, seed: int, skipped: tuple[str, ...] = (), size: Size | None = None) -> Sample:
+    def sample(self, index: int, seed: int, skipped: tuple[str, ...] = (), size: Size | None = None, number: int = 0) -> Sample:
         """Make the sample of one row; Failure if the row is bad."""
         drawn = variant_seed(self.source.row_name(index), seed % self.variants) if self.variants else seed
         record = self.source.record(index, drawn)
@@ -197,7 +199,7 @@ class PairDataset(Dataset[Sample]):
             raise Failure(f"{record.name}: {error}") from None
         encoded = self.store is not None
         conditions = torch.stack(frames[1:])
-        return Sample(record.name, frames[0], conditions, record.prompt, task.name, record.subject, skipped, encoded)
+        return Sample(number, record.name, frames[0], conditions, record.prompt, task.name, record.subject, skipped, encoded)
 
     def parts(self, record: Record, task: Task, target: Fitted, seed: int) -> list[Part]:
         """The frames of a sample, target first."""

@@ -15,6 +15,7 @@ import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_sincos_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from rgkernels import SegmentLayout
 
@@ -28,7 +29,10 @@ def _remembered(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        return function(*args, **kwargs) if torch.compiler.is_compiling() else cached(*args, **kwargs)  # type: ignore[arg-type]
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        with unset_fake_temporarily():  # type: ignore[no-untyped-call]
+            return cached(*args, **kwargs)  # type: ignore[arg-type]
 
     return call
 
@@ -172,7 +176,7 @@ class Geometry:
         return _sincos(self, *self.grid(height, width), frames, str(device), dtype)
 
 
-# the cached tables outlive the mode that a first caller may be in, and training cannot save inference tensors
+# the cached tables outlive the mode that a first caller may be in: training cannot save inference tensors, nor run on fake ones
 @_remembered
 @torch.inference_mode(False)
 def _rotary(geometry: Geometry, rows: int, columns: int, frames: tuple[int, ...], device: str) -> tuple[Tensor, Tensor]:

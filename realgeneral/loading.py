@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
+
 from realgeneral.bases import fingerprints
 from realgeneral.buckets import NEWER_SIDES, Bucketed, OneSize, Order, Size, bucket_sizes, read_shapes
 from realgeneral.config import TrainConfig
@@ -97,9 +99,9 @@ def training_dataset(config: TrainConfig, pipe: RealGeneralPipeline, tasks: Sequ
     )
 
 
-def training_texts(pipe: RealGeneralPipeline, dataset: PairDataset) -> Texts:
+def training_texts(pipe: RealGeneralPipeline, dataset: PairDataset, device: torch.device) -> Texts:
     """Text features of a run: from its store, or encoded as they are needed."""
-    return TextCache(pipe) if dataset.store is None else StoredTexts(dataset.store, pipe.transformer.device)
+    return TextCache(pipe) if dataset.store is None else StoredTexts(dataset.store, device)
 
 
 def encoder_dtype(mixed_precision: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,12 +22,13 @@ from realgeneral.vae import encode_images
 
 @dataclass
 class Batch:
-    """A micro-batch of samples on the device; what is random in it was drawn from (seed, step).
+    """A micro-batch of samples.
 
     `target` and `conditions` are pixels, [B, 3, H, W] and [B, K, 3, H, W]; if `encoded`, latents [B, C, h, w] and
     [B, K, C, h, w].
     """
 
+    numbers: list[int]
     target: Tensor
     conditions: Tensor
     prompts: list[str]
@@ -36,6 +38,10 @@ class Batch:
     skipped: list[str]
     encoded: bool = False
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`."""
+        return replace(self, target=self.target.to(device), conditions=self.conditions.to(device))
+
 
 class Texts(Protocol):
     """Text features of prompts, [len(prompts), T, E] on a device."""
@@ -44,6 +50,43 @@ class Texts(Protocol):
 
     def __call__(self, prompts: list[str]) -> Tensor:
         """Features of each prompt, encoded by itself."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is random in a batch: each sample's part is a function of (seed, sample number) alone.
+
+    Batch size, accumulation, number of processes and resumption therefore change nothing of it.
+
+    Args:
+        text_dropped: Samples that are trained without their prompt, [B] bool.
+        condition_dropped: Samples that are trained without their condition, [B] bool.
+        timesteps: [B] int64.
+        noise_seeds: Seed of each sample's noise.
+    """
+
+    text_dropped: Tensor
+    condition_dropped: Tensor
+    timesteps: Tensor
+    noise_seeds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: TrainConfig, numbers: Sequence[int], num_train_timesteps: int) -> Draws:
+        """Draw for the samples of these numbers, on the CPU."""
+        seeds = [2 * (config.seed * 1_000_003 + number) for number in numbers]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        uniform = torch.stack([torch.rand(2, generator=generator) for generator in generators])
+        timesteps = torch.cat([sample_timesteps(1, num_train_timesteps, generator) for generator in generators])
+        return cls(
+            uniform[:, 0] < config.text_dropout,
+            uniform[:, 1] < config.condition_dropout,
+            timesteps,
+            tuple(seed + 1 for seed in seeds),
+        )
+
+    def noise(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal noise, [B, *shape] float32."""
+        return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in self.noise_seeds])
 
 
 class TextCache:
@@ -94,6 +137,7 @@ def collate(samples: list[Sample]) -> Batch:
             f"rows of one batch must have the same number of conditions, got {sorted(counts)}; --buckets groups such rows"
         )
     return Batch(
+        [s.number for s in samples],
         torch.stack([s.target for s in samples]),
         torch.stack([s.conditions for s in samples]),
         [s.prompt for s in samples],
@@ -123,14 +167,8 @@ def encode(pipe: RealGeneralPipeline, texts: Texts, batch: Batch) -> tuple[Tenso
     return images.float(), texts(batch.prompts)
 
 
-def training_loss(
-    pipe: RealGeneralPipeline, model: nn.Module, texts: Texts, batch: Batch, config: TrainConfig, draw: int
-) -> Tensor:
-    """Per-sample loss, [B]: encode, noise, drop prompts and conditions, predict v on the target tokens.
-
-    Every random number comes from (seed, draw), so that a resumed run draws what an uninterrupted one would.
-    """
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + draw)
+def training_loss(pipe: RealGeneralPipeline, model: nn.Module, texts: Texts, batch: Batch, draws: Draws) -> Tensor:
+    """Per-sample loss, [B]: encode, noise, drop prompts and conditions, predict v on the target tokens."""
     transformer, device = pipe.transformer, batch.target.device
     with torch.no_grad():
         latents, text = encode(pipe, texts, batch)
@@ -138,11 +176,10 @@ def training_loss(
         clean, conditions = latents[:, :1].repeat(1, frames, 1, 1, 1), latents[:, 1:]
         subjects = subject_span_mask(pipe.tokenizer, batch.prompts, batch.subjects, texts.window).to(device)
         subject_embeds = pool_subject(text, subjects)
-        text = torch.where(_drawn(config.text_dropout, len(text), generator).to(device)[:, None, None], texts([""]), text)
-        kept = ~_drawn(config.condition_dropout, len(text), generator).to(device)
+        text = torch.where(draws.text_dropped.to(device)[:, None, None], texts([""]), text)
+        kept = ~draws.condition_dropped.to(device)
         conditions = conditions * kept[:, None, None, None, None]
-        timesteps = sample_timesteps(len(text), pipe.scheduler.config.num_train_timesteps, generator).to(device)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
+        timesteps, noise = draws.timesteps.to(device), draws.noise(clean.shape[1:]).to(device)
         noisy, wanted = noised(pipe.scheduler, clean, noise, timesteps), v_target(pipe.scheduler, clean, noise, timesteps)
     dtype = transformer.proj_out.weight.dtype
     prediction = model(
@@ -155,7 +192,3 @@ def training_loss(
         return_dict=False,
     )[0]
     return v_loss(prediction, wanted)
-
-
-def _drawn(probability: float, count: int, generator: torch.Generator) -> Tensor:
-    return torch.rand(count, generator=generator) < probability

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from PIL import Image
 
@@ -11,23 +9,27 @@ from realgeneral.adapter import AdapterInfo
 from realgeneral.bases import with_encoders
 from realgeneral.config import TrainConfig
 from realgeneral.data import PairDataset, TextCheck
-from realgeneral.pictures import picture_grid, save_picture
+from realgeneral.pictures import picture_grid
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.records import Source
 
 
-def sample_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source, path: Path) -> None:
-    """Write a grid (condition | result | target) of the first `sample_count` rows of a fixed order; held-out rows for nano."""
+def sample_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source) -> Image.Image:
+    """A grid (condition | result | target) of the first `sample_count` rows of a fixed order; held-out rows for nano.
+
+    A result equals what `realgeneral generate` makes of the same prompt, condition, seed, steps and guidance, bit for bit in
+    float32.
+    """
     if config.data == "nano":
         from realgeneral.nano.pairs import NanoSource
 
         source = NanoSource("held_out", augment=False)
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     with with_encoders(pipe, config.base, dtype):
-        _write_grid(pipe, config, info, source, path)
+        return _grid(pipe, config, info, source)
 
 
-def _write_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source, path: Path) -> None:
+def _grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source) -> Image.Image:
     height, width = pipe._size(config.height or None, config.width or None)
     check = TextCheck(pipe.tokenizer, pipe.transformer.config.max_text_seq_length)
     dataset = PairDataset(source, info.tasks, config.task_weights, (width, height), config.seed, strict=False, check=check)
@@ -50,7 +52,7 @@ def _write_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInf
             ).images[0]
         rows.append([conditions[0], result, to_picture(sample.target)])
         labels.append(f"{sample.task}\n{sample.prompt[:28]}")
-    save_picture(picture_grid(rows, ("condition", "result", "target"), labels, max(1, 128 // width)), path)
+    return picture_grid(rows, ("condition", "result", "target"), labels, max(1, 128 // width))
 
 
 def to_picture(pixels: torch.Tensor) -> Image.Image:

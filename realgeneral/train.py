@@ -1,98 +1,68 @@
-"""Training of adapters: LoRA and condition branch on a frozen CogVideoX, nano and real alike.
+"""Training of adapters: LoRA and condition branch on a frozen CogVideoX, nano and real alike, on one device or many.
 
 python -m realgeneral.train --base nano --data nano --tasks canny --output outputs/canny
+torchrun --nproc-per-node 8 -m realgeneral.train --engine fsdp2 --base THUDM/CogVideoX-5b --data pictures --output outputs/five
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
+import itertools
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from realgeneral import checkpoint
-from realgeneral.adapter import (
-    AdapterInfo,
-    adapter_info,
-    add_lora,
-    freeze_for_ablation,
-    load_adapter,
-    mark_trainable,
-    save_adapter,
-)
-from realgeneral.bases import load_pipeline, load_without_encoders
+from realgeneral.adapter import AdapterInfo, adapter_tensors, write_adapter
+from realgeneral.bad_batch import MicroBatch, save_bad_batch
 from realgeneral.config import TrainConfig
-from realgeneral.data import RunSampler
-from realgeneral.errors import Failure, UsageError
-from realgeneral.kernels import use_kernels
-from realgeneral.loading import run_tasks, training_dataset, training_texts
-from realgeneral.objective import Batch, collate, training_loss
-from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.data import PairDataset, RunSampler
+from realgeneral.engine import Engine, Stop
+from realgeneral.errors import Failure
+from realgeneral.loading import training_dataset, training_texts
+from realgeneral.memory import MemoryBudget, StepShape, memory_budget, used_bytes
+from realgeneral.models import load_models, task_specs
+from realgeneral.objective import Batch, Draws, Texts, collate, training_loss
+from realgeneral.optimizers import learning_rate_factor, make_optimizer
+from realgeneral.pictures import save_picture
+from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.records import Source
 from realgeneral.samples import sample_grid
 from realgeneral.sources import open_source
-from realgeneral.tasks import get_task
+from realgeneral.tracking import MetricsLog, StepRecord, check_tracker
+
+__all__ = ["learning_rate_factor", "load_models", "task_specs", "train"]
 
 
-def load_models(config: TrainConfig, accelerator: Accelerator) -> tuple[RealGeneralPipeline, AdapterInfo]:
-    """Base, adapter (fresh, given, or of the newest checkpoint), dtypes and devices."""
-    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    pipe = load_without_encoders(config.base, dtype) if config.precomputed else load_pipeline(config.base, dtype)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.transformer.requires_grad_(False)
-    transformer = pipe.transformer
-    if config.init_adapter:
-        info = load_adapter(transformer, resolve_adapter(config.init_adapter), preset=config.preset)
-        if (info.rank, info.alpha) != (config.rank, config.alpha or config.rank):
-            raise UsageError(
-                f"rank and alpha must be those of the adapter to start from, {info.rank} and {info.alpha:g}, "
-                f"got {config.rank} and {config.alpha or config.rank:g}"
-            )
-        tasks = task_specs(config) if config.tasks else list(info.tasks)
-        if tuple(get_task(spec).name for spec in tasks) != info.task_names:
-            raise UsageError(f"tasks must be those of the adapter to start from, {list(info.task_names)}, got {tasks}")
-    else:
-        tasks = task_specs(config)
-        transformer.configure_condition([get_task(spec).name for spec in tasks], config.preset)
-        torch.manual_seed(config.seed)
-        add_lora(transformer, config.rank, config.alpha or None, config.lora_targets)
-    mark_trainable(transformer)
-    freeze_for_ablation(transformer, config.ablation)
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    use_kernels(transformer, config.fused_kernels, accelerator.device)
-    pipe.to(accelerator.device)
-    transformer.train()
-    if config.compile:
-        transformer.compile(fullgraph=True)
-    return pipe, adapter_info(transformer, tasks, config.base)
+@dataclass
+class Run:
+    """Everything that a training run holds."""
 
-
-def task_specs(config: TrainConfig) -> list[str]:
-    """The tasks of a run."""
-    return run_tasks(config.tasks, config.data)
-
-
-def learning_rate_factor(config: TrainConfig, step: int) -> float:
-    """Factor on the peak learning rate before optimizer step `step` (from 0): linear warm-up, then constant or cosine to 0."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.lr_schedule == "constant":
-        return 1.0
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    config: TrainConfig
+    engine: Engine
+    output: Path
+    source: Source
+    pipe: RealGeneralPipeline
+    info: AdapterInfo
+    model: nn.Module  # what is called in training: the pipeline's transformer, perhaps wrapped
+    trained: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    ema: EMAModel | None
+    texts: Texts
+    batches: Iterator[Batch]
+    start: int
+    log: MetricsLog
+    budget: MemoryBudget
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -103,26 +73,59 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
         UsageError: A setting does not fit the base, the data, or the run to resume.
-        Failure: Data cannot be read, or the loss is not finite.
+        Failure: Data cannot be read, or the loss is not finite; in every process, whichever of them met it.
     """
-    # 1. models
-    precision = config.mixed_precision
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
-    output = Path(config.output)
-    resumed = checkpoint.start_or_resume(config, output)
-    source = open_source(config.data, config.columns)
-    pipe, info = load_models(config, accelerator)
-    trainable = [p for p in pipe.transformer.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay)
-    ema = EMAModel(trainable, decay=config.ema_decay, use_ema_warmup=True) if config.ema_decay else None
-    start = checkpoint.load(resumed, pipe.transformer, optimizer, ema) if resumed else 0
-    model, optimizer = accelerator.prepare(pipe.transformer, optimizer)
+    engine, stop = Engine(config), Stop()
+    run = open_run(config, engine)
+    bar = tqdm(
+        range(run.start, config.steps), initial=run.start, total=config.steps, disable=not engine.is_main, file=sys.stderr
+    )
+    with stop.catching():
+        for step in bar:
+            optimizer_step(run, step, bar)
+            done, signal_number = step + 1, engine.largest(stop.asked)
+            if done % config.save_every == 0 or done == config.steps or signal_number:
+                save_checkpoint(run, done)
+            if config.sample_every and done % config.sample_every == 0 and done < config.steps:
+                save_samples(run, done, run.ema)
+            if signal_number:
+                raise Failure(f"stopped by signal {signal_number} after step {done}; the same command with --resume continues")
+    return finish(run)
 
-    # 2. data: sample numbers continue where the checkpoint stopped
-    dataset = training_dataset(config, pipe, info.tasks, source)
-    per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    rank, world = accelerator.process_index, accelerator.num_processes
-    sampler = RunSampler(start * per_step, config.steps * per_step, rank, world, dataset.order.run)
+
+def open_run(config: TrainConfig, engine: Engine) -> Run:
+    """Models, data, optimizer and log, fresh or as the newest checkpoint left them."""
+    output = Path(config.output)
+    with engine.together():
+        check_tracker(config)
+        resumed = checkpoint.start_or_resume(config, output, engine.world)
+        source = open_source(config.data, config.columns)
+        pipe, info = load_models(config, engine.device)
+        if resumed:
+            checkpoint.load_weights(resumed, pipe.transformer)
+        start = int(resumed.name.removeprefix("step-")) if resumed else 0
+        dataset = training_dataset(config, pipe, info.tasks, source)
+        batches = open_data(config, engine, dataset, start)
+        batches, budget = plan_memory(config, engine, pipe, batches)
+        texts = training_texts(pipe, dataset, engine.device)
+
+    model = engine.prepare(pipe.transformer)
+    trained = [p for p in pipe.transformer.parameters() if p.requires_grad]
+    optimizer = make_optimizer(config, trained, engine.device)
+    ema = EMAModel(trained, decay=config.ema_decay, use_ema_warmup=True) if config.ema_decay else None
+    if resumed:
+        checkpoint.load_state(resumed, trained, optimizer, ema)
+    with engine.together():
+        log = MetricsLog(output / "metrics.jsonl", start, config, engine.is_main)
+    return Run(
+        config, engine, output, source, pipe, info, model, trained, optimizer, ema, texts, batches, start, log, budget
+    )  # fmt: skip
+
+
+def open_data(config: TrainConfig, engine: Engine, dataset: PairDataset, start: int) -> Iterator[Batch]:
+    """This process' micro-batches; sample numbers continue where the checkpoint stopped."""
+    per_step = checkpoint.samples_per_step(config, engine.world)
+    sampler = RunSampler(start * per_step, config.steps * per_step, engine.rank, engine.world, dataset.order.run)
     loader = DataLoader(
         dataset,
         config.batch_size,
@@ -131,92 +134,147 @@ def train(config: TrainConfig) -> dict[str, Any]:
         collate_fn=collate,
         worker_init_fn=_leave_interrupts_to_the_trainer,
     )
-    batches, texts = iter(loader), training_texts(pipe, dataset)
-    log = checkpoint.MetricsLog(output / "metrics.jsonl", start, config.tensorboard, accelerator.is_main_process)
+    return _batches(loader)
 
-    # 3. steps
-    stop = _Stop()
-    bar = tqdm(
-        range(start, config.steps), initial=start, total=config.steps, disable=not accelerator.is_main_process, file=sys.stderr
+
+def plan_memory(
+    config: TrainConfig, engine: Engine, pipe: RealGeneralPipeline, batches: Iterator[Batch]
+) -> tuple[Iterator[Batch], MemoryBudget]:
+    """What the run will need, by its first batch, told before it starts."""
+    first = next(batches, None)
+    if first is None:  # a finished run
+        return batches, MemoryBudget(0, 0, 0, 0, 0)
+    factor = pipe.vae_scale_factor_spatial if first.encoded else 1
+    height, width = (n * factor for n in first.target.shape[-2:])
+    size = StepShape(len(first.prompts), first.conditions.shape[1], height, width)
+    budget = memory_budget(pipe, config, size, engine.world, encode=not first.encoded)
+    if engine.is_main:
+        print(f"needs {budget} ({size})", flush=True)
+    return itertools.chain([first], batches), budget
+
+
+def optimizer_step(run: Run, step: int, bar: Any) -> None:
+    """Step `step` (from 0): micro-steps forward and backward, one update, one row in the log."""
+    config, engine, began = run.config, run.engine, time.perf_counter()
+    rate = config.learning_rate * learning_rate_factor(config, step)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    parts: list[MicroBatch] = []
+    for micro in range(config.gradient_accumulation_steps):
+        with engine.together():
+            batch = next(run.batches).to(engine.device)
+        draws = Draws.of(config, batch.numbers, run.pipe.scheduler.config.num_train_timesteps)
+        with engine.micro_step(run.model, last=micro == config.gradient_accumulation_steps - 1):
+            losses = training_loss(run.pipe, run.model, run.texts, batch, draws)
+            engine.accelerator.backward(losses.mean() / config.gradient_accumulation_steps)
+        parts.append(MicroBatch(batch, draws, losses.detach()))
+    norm = engine.clip_gradients(run.trained, config.max_grad_norm)
+    check_finite(run, step + 1, parts, norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.ema is not None:
+        run.ema.step(run.trained)
+    log_step(run, step + 1, parts, time.perf_counter() - began, rate, norm, bar)
+
+
+def check_finite(run: Run, step: int, parts: list[MicroBatch], norm: Tensor) -> None:
+    """Failure in every process, before anything reaches a weight, if a loss or the gradient is NaN or infinite."""
+    folder = run.output / f"bad_batch-{step:06d}"
+    kept = f"the batch is in {folder}, earlier checkpoints are intact"
+    with run.engine.together():
+        losses = torch.cat([part.losses for part in parts])
+        if not torch.isfinite(losses).all():
+            names = [name for part in parts for name in part.batch.names]
+            bad = [name for name, good in zip(names, torch.isfinite(losses).tolist(), strict=True) if not good]
+            save_bad_batch(folder, step, run.engine.rank, parts)
+            raise Failure(f"loss must be finite, got {losses.mean().item()} at step {step} for rows {bad[:4]}; {kept}")
+    with run.engine.together():
+        if not torch.isfinite(norm):
+            save_bad_batch(folder, step, run.engine.rank, parts)
+            raise Failure(f"gradient must be finite, got norm {norm.item()} at step {step}; {kept}")
+
+
+def log_step(run: Run, step: int, parts: list[MicroBatch], seconds: float, rate: float, norm: Tensor, bar: Any) -> None:
+    """Gather what the processes saw of a step, and write its row."""
+    engine, names = run.engine, run.info.task_names
+    losses = torch.cat([part.losses for part in parts])
+    timesteps = torch.cat([part.draws.timesteps for part in parts]).to(losses)
+    tasks = torch.tensor([names.index(task) for part in parts for task in part.batch.tasks]).to(losses)
+    skipped = [row for part in parts for row in part.batch.skipped]
+    # one exchange: three numbers a sample, and whether there is more to tell
+    table = engine.gather(torch.stack([losses, timesteps, tasks, torch.full_like(losses, len(skipped))], dim=1)).cpu()
+    if table[:, 3].any():
+        run.log.skipped(engine.gather_objects(skipped))
+    used = used_bytes(engine.device)
+    record = StepRecord(
+        losses=table[:, 0].tolist(),
+        tasks=[names[int(task)] for task in table[:, 2]],
+        timesteps=(table[:, 1] / run.pipe.scheduler.config.num_train_timesteps).tolist(),
+        seconds=seconds,
+        learning_rate=rate,
+        gradient_norm=norm.item(),
+        memory=used,
     )
-    with stop.catching():
-        for step in bar:
-            began = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * learning_rate_factor(config, step)
-            losses, tasks = [], []
-            for micro in range(config.gradient_accumulation_steps):
-                batch = _to_device(_next(batches), accelerator.device)
-                draw = (
-                    step * config.gradient_accumulation_steps + micro
-                ) * accelerator.num_processes + accelerator.process_index
-                last = micro == config.gradient_accumulation_steps - 1
-                with accelerator.autocast(), contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    loss = training_loss(pipe, model, texts, batch, config, draw)
-                    if accelerator.num_processes == 1:  # else all stop together below: NaN reaches every gradient
-                        _check_finite(loss, step, batch)
-                    accelerator.backward(loss.mean() / config.gradient_accumulation_steps)
-                losses.append(accelerator.gather(loss.detach()))
-                tasks += gather_object(batch.tasks)
-                log.skipped(gather_object(batch.skipped))
-            norm = accelerator.clip_grad_norm_(trainable, config.max_grad_norm)
-            if not torch.isfinite(norm):  # such a step would put NaN into the weights, and into the next checkpoint
-                raise Failure(
-                    f"gradient must be finite, got norm {norm.item()} at step {step + 1}; earlier checkpoints are intact"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if ema is not None:
-                ema.step(trainable)
-            log.step(step + 1, torch.cat(losses), tasks, time.perf_counter() - began, config, bar)
+    with engine.together():
+        run.log.step(step, record, bar)
+    # the first step creates the optimizer's states, the second one has all of it
+    if step == run.start + 2 and engine.is_main and engine.device.type == "cuda":
+        bar.write(f"uses {used / 2**30:.3g} GiB, needed by plan {run.budget.total / 2**30:.3g} GiB", file=sys.stdout)
 
-            # 4. samples and checkpoints
-            done, stopping = step + 1, _any_process(accelerator, bool(stop.asked))
-            if accelerator.is_main_process and (done % config.save_every == 0 or done == config.steps or stopping):
-                checkpoint.save(output, config, info, done, pipe.transformer, optimizer, ema)
-            sampling = config.sample_every and config.sample_count and done % config.sample_every == 0 and done < config.steps
-            if accelerator.is_main_process and sampling:
-                _sample(pipe, config, info, source, output, done, ema, trainable)
-            if stopping:
-                raise Failure(f"stopped by signal {stop.asked} after step {done}; the same command with --resume continues")
 
-    # 5. the adapter
+def save_checkpoint(run: Run, done: int) -> None:
+    """A checkpoint after `done` steps, written by the main process; if it cannot, all stop."""
+    engine = run.engine
+    adapter, state = checkpoint.snapshot(
+        run.config, done, engine.world, run.pipe.transformer, run.optimizer, run.ema, keep=engine.is_main
+    )
+    with engine.together():
+        if engine.is_main:
+            checkpoint.save(run.output, run.info, adapter, state)
+
+
+def save_samples(run: Run, step: int, ema: EMAModel | None) -> None:
+    """A sample grid with the averaged weights, through the same pipeline as inference."""
+    config, engine, transformer = run.config, run.engine, run.pipe.transformer
+    if not config.sample_count:
+        return
     if ema is not None:
-        ema.copy_to(trainable)
-    if accelerator.is_main_process:
-        save_adapter(pipe.transformer, output / "adapter", info)
-        if config.sample_count:
-            _sample(pipe, config, info, source, output, config.steps, None, trainable)
-    accelerator.end_training()
-    return log.summary(config.steps, output / "adapter")
-
-
-def _sample(
-    pipe: RealGeneralPipeline,
-    config: TrainConfig,
-    info: AdapterInfo,
-    source: Source,
-    output: Path,
-    step: int,
-    ema: EMAModel | None,
-    trainable: list[Any],
-) -> None:
-    """Write a sample grid with the averaged weights, through the same pipeline as inference."""
+        ema.store(run.trained)
+        ema.copy_to(run.trained)
+    transformer.eval()
+    picture = None
+    # shards are gathered by all processes together, each of which makes the same pictures
+    with contextlib.nullcontext() if engine.sharded else engine.together():
+        if engine.is_main or engine.sharded:
+            # a compiled model would be compiled again for the sampler's batch and its condition cache
+            with torch.compiler.set_stance("force_eager" if config.compile else "default"):
+                picture = sample_grid(run.pipe, config, run.info, run.source)
+    transformer.train()
     if ema is not None:
-        ema.store(trainable)
-        ema.copy_to(trainable)
-    pipe.transformer.eval()
-    # a compiled model would be compiled again for the sampler's batch and its condition cache
-    with torch.compiler.set_stance("force_eager" if config.compile else "default"):
-        sample_grid(pipe, config, info, source, output / "samples" / f"step-{step:06d}.png")
-    pipe.transformer.train()
-    if ema is not None:
-        ema.restore(trainable)
+        ema.restore(run.trained)
+    with engine.together():
+        if engine.is_main and picture is not None:
+            save_picture(picture, run.output / "samples" / f"step-{step:06d}.png")
 
 
-def _next(batches: Iterator[Batch]) -> Batch:
+def finish(run: Run) -> dict[str, Any]:
+    """Write the adapter, averaged if there is an average, and the last samples."""
+    engine, folder = run.engine, run.output / "adapter"
+    if run.ema is not None:
+        run.ema.copy_to(run.trained)
+    tensors = adapter_tensors(run.pipe.transformer, keep=engine.is_main)
+    with engine.together():
+        if engine.is_main:
+            write_adapter(tensors, folder, run.info)
+    save_samples(run, run.config.steps, None)
+    summary = run.log.summary(run.config.steps, folder)
+    engine.close()
+    return summary
+
+
+def _batches(loader: DataLoader[Any]) -> Iterator[Batch]:
     try:
-        return next(batches)
+        yield from loader
     except Failure as error:
         # a worker process puts its traceback before the message
         raise Failure(str(error).rpartition("Failure: ")[2].strip()) from None
@@ -224,50 +282,6 @@ def _next(batches: Iterator[Batch]) -> Batch:
 
 def _leave_interrupts_to_the_trainer(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether a flag is set in any process: all must leave the loop at the same step."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item())
-
-
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    batch.target, batch.conditions = batch.target.to(device), batch.conditions.to(device)
-    return batch
-
-
-def _check_finite(loss: Tensor, step: int, batch: Batch) -> None:
-    if not torch.isfinite(loss).all():
-        bad = [name for name, value in zip(batch.names, loss.tolist(), strict=True) if not math.isfinite(value)]
-        raise Failure(
-            f"loss must be finite, got {loss.mean().item()} at step {step + 1} for rows {bad[:4]}; "
-            "earlier checkpoints are intact"
-        )
-
-
-class _Stop:
-    """SIGTERM and SIGINT ask the loop to save and stop after the step that runs."""
-
-    def __init__(self) -> None:
-        self.asked = 0
-
-    @contextlib.contextmanager
-    def catching(self) -> Iterator[None]:
-        """Install the handlers, and put back what was there."""
-        before = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):  # not in the main thread: someone else handles signals
-                before[number] = signal.signal(number, self._ask)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: object) -> None:
-        self.asked = number
 
 
 if __name__ == "__main__":

@@ -32,8 +32,6 @@ from rgkernels.cogvideox import (
     Rotary,
     block_forward,
     finish,
-    norm_site,
-    project_qkv,
 )
 from rgkernels.segments import SegmentLayout
 
@@ -58,6 +56,8 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
 
     # hooks on single layers never run: the ops read the norms' weights directly
     _supports_group_offloading = False
+    # a sharded model puts in its place what gathers a block's weights around it
+    run_block = staticmethod(block_forward)
 
     @register_to_config
     def __init__(self, *, tasks: Sequence[str] = DEFAULT_TASKS, preset: str = "paper", **base: Any) -> None:
@@ -256,14 +256,10 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
         last = len(self.transformer_blocks) - 1
         for i, (block, own) in enumerate(self._blocks()):
             norm1, norm2 = norm_sites(block, own, None, temb, conditions)
-            if i == last:
-                # nothing after the last block's keys and values is used
-                _, normed = norm_site(block.norm1.norm, residual, branch, gate, norm1, rows, self.impl)
-                _, k, v = project_qkv(block.attn1, normed, rotary, self.impl)
-                cached.append(KeyValue(k, v))
-                break
-            residual, branch, keys = block_forward(
-                block, residual, branch, gate, norm1, norm2, rows, rows, rotary, impl=self.impl
+            # nothing after the last block's keys and values is used
+            keep = () if i == last else None
+            residual, branch, keys = self.run_block(
+                block, residual, branch, gate, norm1, norm2, rows, rows, rotary, keep=keep, impl=self.impl
             )
             gate = norm2.gate
             cached.append(keys)
@@ -383,7 +379,7 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
             kwargs: dict[str, Any] = {"keep": ("target",) if i == last else None, "impl": self.impl}
             if cache is not None:
                 kwargs["cached"] = cache.blocks[i]
-            step: Any = partial(block_forward, **kwargs)
+            step: Any = partial(self.run_block, **kwargs)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 # diffusers' checkpointing function takes positional arguments alone
                 residual, branch, _ = self._gradient_checkpointing_func(step, *args)

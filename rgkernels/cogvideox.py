@@ -125,7 +125,8 @@ def block_forward(
         joint: Layout of all keys: `rows` itself, or `rows` followed by the segments of `cached`.
         rotary: Rotary tables for the tokens of this pass.
         cached: Keys and values of segments that are not in this pass, batch b; sample i of the pass uses sample i % b.
-        keep: Names of the segments that are still needed after the attention of this block; None = all of `rows`.
+        keep: Names of the segments that are still needed after the attention of this block; None = all of `rows`, () = only
+            keys and values are.
         impl: Implementation of the ops.
 
     Returns:
@@ -137,6 +138,8 @@ def block_forward(
     residual, normed = norm_site(block.norm1.norm, residual, branch, gate, norm1, rows, impl)
     q, k, v = project_qkv(block.attn1, normed, rotary, impl)
     own = KeyValue(k, v)
+    if keep is not None and not keep:
+        return residual[:, :0], normed[:, :0], own
     if cached is not None:
         k = torch.cat([k, _tile(cached.k, k)], dim=2)
         v = torch.cat([v, _tile(cached.v, v)], dim=2)

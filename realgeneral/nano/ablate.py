@@ -28,7 +28,7 @@ from realgeneral.evaluate import NanoPairs, generate_all, measures, nano_pairs
 from realgeneral.metrics import RESAMPLES, Score, bootstrap
 from realgeneral.nano.common import log
 from realgeneral.nano.pairs import NANO_TASKS
-from realgeneral.objective import TextCache, collate, training_loss
+from realgeneral.objective import Draws, TextCache, collate, training_loss
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.protocols.generation import weights_fingerprint
 from realgeneral.protocols.report import write_json, write_text
@@ -131,10 +131,13 @@ def held_out_loss(pipe: RealGeneralPipeline, pairs: NanoPairs, config: TrainConf
     """Loss of each pair without dropout, mean over `LOSS_DRAWS` timesteps that are the same in every run, [B]."""
     plain, texts, losses = replace(config, text_dropout=0.0, condition_dropout=0.0, seed=0), TextCache(pipe), []
     for start in range(0, len(pairs.samples), batch_size):
-        batch = collate(pairs.samples[start : start + batch_size])
-        batch.target, batch.conditions = batch.target.to(pipe.device), batch.conditions.to(pipe.device)
-        draws = [training_loss(pipe, pipe.transformer, texts, batch, plain, start * LOSS_DRAWS + i) for i in range(LOSS_DRAWS)]
-        losses.append(torch.stack(draws).mean(0).float().cpu())
+        batch = collate(pairs.samples[start : start + batch_size]).to(pipe.device)
+        drawn = []
+        for i in range(LOSS_DRAWS):
+            numbers = [(start + j) * LOSS_DRAWS + i for j in range(len(batch.names))]
+            draws = Draws.of(plain, numbers, pipe.scheduler.config.num_train_timesteps)
+            drawn.append(training_loss(pipe, pipe.transformer, texts, batch, draws))
+        losses.append(torch.stack(drawn).mean(0).float().cpu())
     return torch.cat(losses)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,11 +18,13 @@ import pytest
 import torch
 from conftest import make_photo
 from PIL import Image
+from processes import start
 from safetensors.torch import load_file
 
-from realgeneral import RealGeneralPipeline, checkpoint
+from realgeneral import RealGeneralPipeline, checkpoint, samples, tracking
 from realgeneral import train as train_module
 from realgeneral.adapter import CONDITION_FILE, LORA_FILE, read_adapter_info
+from realgeneral.bad_batch import load_bad_batch
 from realgeneral.config import TrainConfig
 from realgeneral.diffusion import v_loss
 from realgeneral.errors import Failure, UsageError
@@ -79,7 +82,7 @@ class Killed(BaseException):
 
 def train_until(config: TrainConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run and die right after the row of `step` is logged."""
-    original = checkpoint.MetricsLog.step
+    original = tracking.MetricsLog.step
 
     def dying(self: Any, done: int, *args: Any) -> None:
         original(self, done, *args)
@@ -87,7 +90,7 @@ def train_until(config: TrainConfig, step: int, monkeypatch: pytest.MonkeyPatch)
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.MetricsLog, "step", dying)
+        patch.setattr(tracking.MetricsLog, "step", dying)
         with pytest.raises(Killed):
             train(config)
 
@@ -373,6 +376,40 @@ def test_damaged_newest_checkpoint(config: Callable[..., TrainConfig]) -> None:
         train(config(steps=4, resume=True))
 
 
+def test_new_process_makes_the_same_picture(
+    config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`realgeneral generate` in a new process repeats a validation picture bit for bit, scale (alpha 4 of rank 2) included."""
+    grids: list[Any] = []
+    original = samples.picture_grid
+    monkeypatch.setattr(samples, "picture_grid", lambda *args: grids.append(args) or original(*args))
+    made = config(sample_count=1, sample_steps=3, seed=5, tasks=["colouring"], ema_decay=0.5)
+    result = train(made)
+    ((condition, picture, _),), _, (label,), _ = grids[0]
+    condition.save(tmp_path / "condition.png")
+    arguments = {
+        "prompt": label.split("\n")[1], "condition": tmp_path / "condition.png", "task": "colouring",
+        "adapter": result["adapter"], "base": made.base, "height": 16, "width": 32, "steps": 3, "seed": 5,
+        "guidance-scale": made.guidance_scale,
+        "output": tmp_path / "same.png",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "realgeneral.cli", "generate", *(f"--{key}={value}" for key, value in arguments.items())],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "same.png") as same:
+        assert same.convert("RGB").tobytes() == picture.tobytes()
+    # the picture would show another scale
+    pipe = RealGeneralPipeline.from_pretrained(made.base, adapter=result["adapter"])
+    pipe.set_progress_bar_config(disable=True)
+    half = pipe(
+        arguments["prompt"], condition, task="colouring", height=16, width=32, num_inference_steps=3,
+        guidance_scale=made.guidance_scale, generator=torch.Generator().manual_seed(5), attention_kwargs={"scale": 0.5},
+    ).images[0]  # fmt: skip
+    assert half.tobytes() != picture.tobytes()
+
+
 def test_init_adapter(config: Callable[..., TrainConfig], bases: dict[str, Path]) -> None:
     """Training goes on from a given adapter, with its tasks, rank and alpha; other tasks or another preset are refused."""
     first = train(config("first", steps=2, lr_schedule="constant"))
@@ -428,6 +465,28 @@ def test_not_finite_stops_with_the_checkpoint_intact(
     train(config("broken", save_every=1, resume=True))
     assert losses(config("broken").output) == losses(config("whole").output)
     assert_same_weights(Path(config("broken").output) / "adapter", Path(config("whole").output) / "adapter")
+
+
+def test_bad_batch_runs_again(config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From what is saved of a bad step its losses come out again bit for bit: rows, noise and dropout are all there."""
+    original, seen = train_module.training_loss, []
+
+    def spoiled(pipe: Any, model: Any, texts: Any, *args: Any) -> torch.Tensor:
+        loss = original(pipe, model, texts, *args)
+        seen.append((pipe, model, texts, loss.detach().clone()))
+        return loss * (float("inf") if len(seen) == 3 else 1.0)
+
+    monkeypatch.setattr(train_module, "training_loss", spoiled)
+    with pytest.raises(Failure, match=r"loss must be finite, got inf at step 2 .*the batch is in .*bad_batch-000002, earlier"):
+        train(config(gradient_accumulation_steps=2, text_dropout=0.5, condition_dropout=0.5))
+    folder = Path(config().output) / "bad_batch-000002"
+    told = json.loads((folder / "rank-0.json").read_text())
+    assert told["step"] == 2
+    assert [entry["batch"]["numbers"] for entry in told["micro_batches"]] == [[4, 5], [6, 7]]
+    assert all(name.endswith(".png") for entry in told["micro_batches"] for name in entry["batch"]["names"])
+    assert [len(entry["timesteps"]) for entry in told["micro_batches"]] == [2, 2]
+    again = [original(*seen[-1][:3], *pair) for pair in load_bad_batch(folder)]
+    assert all(torch.equal(mine, theirs) for mine, (*_, theirs) in zip(again, seen[2:], strict=True))
 
 
 def test_checkpoints_are_pruned(config: Callable[..., TrainConfig]) -> None:
@@ -520,19 +579,54 @@ def test_killed_process_resumes_to_the_same_losses(config: Callable[..., TrainCo
     def first_steps(made: TrainConfig, **changes: Any) -> list[float]:
         resumed = config(Path(made.output).name, steps=steps, save_every=7, keep_checkpoints=2, **changes)
         with pytest.MonkeyPatch.context() as patch:
-            original = checkpoint.MetricsLog.step
+            original = tracking.MetricsLog.step
 
             def dying(self: Any, done: int, *args: Any) -> None:
                 original(self, done, *args)
                 if done == stop_at:
                     raise Killed
 
-            patch.setattr(checkpoint.MetricsLog, "step", dying)
+            patch.setattr(tracking.MetricsLog, "step", dying)
             with pytest.raises(Killed):
                 train(resumed)
         return losses(made.output)
 
     assert first_steps(broken, resume=True) == first_steps(whole)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(config: Callable[..., TrainConfig]) -> None:
+    """SIGKILL at twenty random moments, while loading, stepping or saving: the final weights are those of an unbroken run."""
+    settings: dict[str, Any] = {"steps": 260, "save_every": 2, "keep_checkpoints": 2, "ema_decay": 0.9}
+    train(config("whole", **settings))
+    made, rng, reached = config("broken", resume=True, **settings), random.Random(0), [0]
+    for kill in range(20):
+        process, receiver = start(train, made)
+        if kill % 4 == 0:
+            done = receiver.poll(rng.uniform(0, 2))
+        else:
+            # some steps further than ever before, then anywhere within a step and its checkpoint
+            wanted, done = reached[-1] + rng.randint(1, 8), False
+            while not done and (not (rows_now := logged(made)) or rows_now < wanted):
+                done = receiver.poll(0.005)
+            done = done or receiver.poll(rng.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        assert not done, receiver.recv()
+        found = checkpoint.checkpoints(Path(made.output))
+        reached.append(int(found[-1].name[5:]) if found else 0)
+    assert reached == sorted(reached)
+    assert 20 < reached[-1] < 260
+    train(made)
+    assert losses(made.output) == losses(config("whole").output)
+    assert_same_weights(Path(made.output) / "adapter", Path(config("whole").output) / "adapter")
+    assert {p.name for p in (Path(made.output) / "checkpoints").iterdir()} == {"step-000258", "step-000260"}
+
+
+def logged(made: TrainConfig) -> int:
+    """Steps in the log at this moment."""
+    log = Path(made.output) / "metrics.jsonl"
+    return log.read_text().count("\n") if log.is_file() else 0
 
 
 # --- usage ---------------------------------------------------------------------------------------------------------------

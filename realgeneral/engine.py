@@ -1,0 +1,178 @@
+"""Processes of a training run: one, several with a copy of the model each (DDP), or several that share it out (FSDP2).
+
+Whatever one process meets, all processes leave the loop at the same place: errors and signals are agreed on before the next
+collective operation, so that no process waits for one that is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from realgeneral.config import TrainConfig
+from realgeneral.errors import Failure, UsageError
+from realgeneral.transformer import RealGeneralTransformer3DModel
+from rgkernels.cogvideox import block_forward
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+class Engine:
+    """The processes of this run, started by `torchrun` or `accelerate launch`, and what they do together.
+
+    Args:
+        config: `engine` and `mixed_precision` are used.
+
+    Raises:
+        UsageError: The launcher asks for another engine, or fsdp2 is asked for with one process.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        # gradients live in the buckets that are reduced, not beside them
+        ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp]
+        )
+        self.device: torch.device = self.accelerator.device
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        self.sharded = config.engine == "fsdp2"
+        if self.accelerator.distributed_type not in SUPPORTED:
+            raise UsageError(
+                f"--engine chooses between ddp and fsdp2; the launcher must start plain processes, got its configuration for "
+                f"{self.accelerator.distributed_type.value}"
+            )
+        if self.sharded and self.world == 1:
+            raise UsageError("engine fsdp2 needs several processes (torchrun or accelerate launch), got 1")
+        if self.sharded and (config.compile or config.optimizer != "adamw"):
+            raise UsageError(
+                f"engine fsdp2 must run without --compile and with --optimizer adamw, got compile {config.compile} and "
+                f"optimizer {config.optimizer}"
+            )
+
+    def prepare(self, transformer: RealGeneralTransformer3DModel) -> nn.Module:
+        """The module to call in training; with fsdp2 the parameters of `transformer` become shards, in place."""
+        if not self.sharded:
+            model: nn.Module = self.accelerator.prepare_model(transformer)
+            return model
+        return shard(transformer, self.device)
+
+    @contextlib.contextmanager
+    def micro_step(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Forward and backward of a micro-step; gradients are exchanged in the `last` one of an optimizer step."""
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+            last = True
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(model), self.accelerator.autocast():
+            yield
+
+    def clip_gradients(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+        """Scale the gradients to a global norm of at most `max_norm`; returns the norm before that."""
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes, joined along the first dimension in the order of ranks."""
+        return self.accelerator.gather(tensor)  # type: ignore[no-any-return]
+
+    def gather_objects(self, items: list[Any]) -> list[Any]:
+        """The items of all processes, in the order of ranks."""
+        return gather_object(items) if self.world > 1 else items  # type: ignore[no-any-return]
+
+    def largest(self, value: int) -> int:
+        """The largest of the processes' values."""
+        if self.world == 1:
+            return value
+        shared = torch.tensor(value, device=self.device)
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+        return int(shared.item())
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise in every process what any process raises in this block, which must have no collective operation in it."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        if self.world == 1 or not self.largest(error is not None):
+            if error is not None:
+                raise error
+            return
+        texts = self.gather_objects([None if error is None else str(error)])
+        if error is not None:
+            raise error
+        rank, text = next((rank, text) for rank, text in enumerate(texts) if text is not None)
+        raise Failure(f"{text} (in process {rank})")
+
+    def close(self) -> None:
+        """Wait for the others and end the process group."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+
+def shard(transformer: RealGeneralTransformer3DModel, device: torch.device) -> RealGeneralTransformer3DModel:
+    """Share a transformer out over all processes with FSDP2: frozen base, LoRA and condition branch alike.
+
+    A unit, gathered right before use and freed right after, is a block without its modulation, the stock modulation of a block,
+    or the condition's own; the rest (embeddings, last norms, output projection) is the root's unit.
+
+    Note:
+        The joint sequence runs through `block_forward`, not through a block's `forward`, around which FSDP's hooks run: the
+        blocks get it as a method that FSDP knows.
+    """
+    # a block's outputs are views, which would matter if anything here worked in place
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    # the root too: a gathered copy would hide weights that the average or a checkpoint puts into the shards
+    unit = partial(fully_shard, mesh=mesh, reshard_after_forward=True)
+    for block, own in zip(transformer.transformer_blocks, transformer.condition_adaln, strict=True):
+        unit([block.norm1.linear, block.norm2.linear])  # type: ignore[union-attr]
+        unit([own.norm1, own.norm2])  # type: ignore[union-attr]
+        unit(block)
+        block.joint_forward = MethodType(block_forward, block)  # type: ignore[assignment]
+        register_fsdp_forward_method(block, "joint_forward")
+    unit(transformer)
+    register_fsdp_forward_method(transformer, "encode_condition")
+    transformer.run_block = _joint_forward  # type: ignore[method-assign]
+    return transformer
+
+
+def _joint_forward(block: Any, *args: Any, **kwargs: Any) -> Any:
+    return block.joint_forward(*args, **kwargs)
+
+
+class Stop:
+    """SIGTERM and SIGINT ask the loop to save and stop after the step that runs."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    @contextlib.contextmanager
+    def catching(self) -> Iterator[None]:
+        """Install the handlers, and put back what was there."""
+        before = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # not in the main thread: someone else handles signals
+                before[number] = signal.signal(number, self._ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = number

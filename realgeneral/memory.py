@@ -1,0 +1,214 @@
+"""The memory that a training run needs, told before it starts: counted from its tensors, and from its step run on fake ones.
+
+Weights, gradients and optimizer states follow from the model's own tensors. What a step holds besides depends on sizes, preset,
+dtype, gradient checkpointing and kernels: so the model's step runs once on fake tensors, which have shapes but no data, and the
+bytes alive at its peak are counted.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from realgeneral.config import TrainConfig
+from realgeneral.diffusion import v_loss
+from realgeneral.objective import encode_pictures
+from realgeneral.pipeline import RealGeneralPipeline
+
+GIB = 2**30
+# bytes per trained weight: two moments in float32, or in 8 bits with a float32 scale per block of 256
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.0 + 2 * 4 / 256, "paged-adamw8bit": 2.0 + 2 * 4 / 256}
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """Bytes on one device.
+
+    Args:
+        base: Frozen weights of the transformer.
+        encoders: VAE and text encoder.
+        trained: Trained weights, and their average if there is one.
+        optimizer: States of the optimizer.
+        step: Peak of a step: gradients, activations, inputs.
+    """
+
+    base: int
+    encoders: int
+    trained: int
+    optimizer: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts."""
+        return sum(getattr(self, item.name) for item in fields(self))
+
+    def __str__(self) -> str:
+        parts = (
+            ("base", self.base),
+            ("encoders", self.encoders),
+            ("trained weights", self.trained),
+            ("optimizer", self.optimizer),
+            ("gradients and activations", self.step),
+        )
+        return f"about {self.total / GIB:.3g} GiB: " + ", ".join(f"{name} {value / GIB:.3g}" for name, value in parts)
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """Sizes of a micro-batch: B samples of K condition images, `height` x `width` in pixels."""
+
+    batch: int
+    conditions: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        conditions = f"{self.conditions} condition{'s' if self.conditions > 1 else ''} each"
+        return f"{self.batch} samples per micro-step, {conditions}, {self.width} x {self.height} pixels"
+
+
+def memory_budget(
+    pipe: RealGeneralPipeline, config: TrainConfig, shape: StepShape, processes: int = 1, encode: bool = True
+) -> MemoryBudget:
+    """What a run needs on each device.
+
+    Args:
+        pipe: Its models, before they are sharded; never changed.
+        config: Its settings.
+        shape: Of a micro-batch.
+        processes: That take part in it.
+        encode: Whether VAE and text encoder run in it (not with precomputed inputs).
+
+    Note:
+        Not counted: what CUDA and its libraries hold for themselves, the allocator's fragmentation, temporaries of a kernel,
+        sample grids. With fsdp2 two blocks are counted as gathered at a time.
+    """
+    frozen = nbytes(p for p in pipe.transformer.parameters() if not p.requires_grad)
+    trained = nbytes(p for p in pipe.transformer.parameters() if p.requires_grad)
+    encoders = nbytes(p for m in (pipe.vae, pipe.text_encoder) if encode and m is not None for p in m.parameters())
+    optimizer = int(trained / 4 * OPTIMIZER_BYTES[config.optimizer])
+    # with several processes, or over micro-steps, all gradients live through the forward pass
+    kept = processes > 1 or config.gradient_accumulation_steps > 1
+    step = step_bytes(pipe, config, shape, keep_gradients=kept, encode=encode)
+    averaged = trained if config.ema_decay else 0
+    if config.engine == "fsdp2":
+        block = nbytes(pipe.transformer.transformer_blocks[0].parameters())
+        step += 2 * block - trained + trained // processes
+        frozen, trained, averaged, optimizer = (n // processes for n in (frozen, trained, averaged, optimizer))
+    return MemoryBudget(frozen, encoders, trained + averaged, optimizer, step)
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors."""
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def step_bytes(
+    pipe: RealGeneralPipeline, config: TrainConfig, shape: StepShape, keep_gradients: bool = False, encode: bool = True
+) -> int:
+    """Peak of the bytes that a micro-step allocates beyond the models: encoding, forward, backward, gradients.
+
+    Args:
+        pipe: Models, real or fake.
+        config: Settings.
+        shape: Of the micro-batch.
+        keep_gradients: Whether the gradients of an earlier micro-step are there already.
+        encode: Whether the images go through the VAE.
+    """
+    transformer = pipe.transformer
+    weights = dict(transformer.named_parameters())
+    device = next(iter(weights.values())).device
+    mode = next((p.fake_mode for p in weights.values() if hasattr(p, "fake_mode")), None)
+    with mode or FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.compiler.set_stance("force_eager"):
+        # weights of its own: no gradient reaches the model's, and no view of one counts as new
+        own = {n: fake.from_tensor(p).detach().requires_grad_(p.requires_grad) for n, p in weights.items()}
+        trained = [p for p in own.values() if p.requires_grad]
+        if keep_gradients:
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+        with PeakBytes() as counter, torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            inputs = _inputs(pipe, shape, device, encode)
+            functional_call(_Step(transformer), {f"transformer.{n}": p for n, p in own.items()}, (inputs,))
+    return counter.peak + (nbytes(trained) if keep_gradients else 0)
+
+
+class _Step(nn.Module):
+    """Forward and backward in one call, so that what is recomputed in the backward pass meets the same weights."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, inputs: dict[str, Any]) -> None:
+        prediction = self.transformer(**inputs)[0]
+        v_loss(prediction, torch.empty_like(prediction, dtype=torch.float32)).mean().backward()
+
+
+def _inputs(pipe: RealGeneralPipeline, shape: StepShape, device: torch.device, encode: bool) -> dict[str, Any]:
+    transformer = pipe.transformer
+    config, frames, dtype = transformer.config, transformer.geometry.frames_per_image, transformer.proj_out.weight.dtype
+    batch, images = shape.batch, shape.conditions + 1
+    height, width = (n // pipe.vae_scale_factor_spatial for n in (shape.height, shape.width))
+    if encode:
+        pixels = torch.empty(batch * images, 3, shape.height, shape.width, device=device)
+        with torch.no_grad():
+            latents = encode_pictures(pipe.vae, pixels).unflatten(0, (batch, images)).float()
+    else:
+        latents = torch.empty(batch, images, config.in_channels, height, width, device=device)
+    text = torch.empty(batch, config.max_text_seq_length, config.text_embed_dim, device=device, dtype=dtype)
+    return {
+        "hidden_states": latents[:, :1].repeat(1, frames, 1, 1, 1).to(dtype),
+        "encoder_hidden_states": text,
+        "timestep": torch.zeros(batch, dtype=torch.int64, device=device),
+        "condition_latents": latents[:, 1:].to(dtype),
+        "task_ids": torch.zeros(batch, dtype=torch.int64, device=device),
+        "subject_embeds": torch.empty(batch, config.text_embed_dim, device=device),
+        "return_dict": False,
+    }
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of tensor storages that operations create inside the block, and their peak.
+
+    Every storage counts once, however many views it has, from the operation that made it until nothing refers to it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and count what it made."""
+        out = func(*args, **(kwargs or {}))
+        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in given and storage not in self._known:
+                    self._known.add(storage)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _free(self, count: int) -> None:
+        self.live -= count
+
+
+def used_bytes(device: torch.device) -> int:
+    """Peak of allocated memory on a GPU so far; resident memory of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,80 @@
+"""The models of a training run: base, adapter, dtypes and devices."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from realgeneral.adapter import AdapterInfo, adapter_info, add_lora, freeze_for_ablation, load_adapter, mark_trainable
+from realgeneral.bases import load_pipeline, load_without_encoders
+from realgeneral.config import TrainConfig
+from realgeneral.errors import UsageError
+from realgeneral.kernels import use_kernels
+from realgeneral.loading import run_tasks
+from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.recompute import checkpointing
+from realgeneral.tasks import get_task
+
+
+def load_models(config: TrainConfig, device: torch.device) -> tuple[RealGeneralPipeline, AdapterInfo]:
+    """Base with a fresh or given adapter, frozen but for that; a transformer that will be sharded stays on the CPU."""
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    pipe = load_without_encoders(config.base, dtype) if config.precomputed else load_pipeline(config.base, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    transformer = pipe.transformer
+    transformer.requires_grad_(False)
+    tasks = _start_from_adapter(config, pipe) if config.init_adapter else _fresh_adapter(config, pipe)
+    mark_trainable(transformer)
+    freeze_for_ablation(transformer, config.ablation)
+    if config.gradient_checkpointing != "none":
+        transformer.enable_gradient_checkpointing(checkpointing(config.gradient_checkpointing))
+    use_kernels(transformer, config.fused_kernels, device)
+    info = adapter_info(transformer, tasks, config.base)
+    for module in _loaded(pipe):
+        if module is not transformer or config.engine != "fsdp2":
+            module.to(device)
+    if device.type == "cpu":
+        _realign(pipe)
+    transformer.train()
+    if config.compile:
+        transformer.compile(fullgraph=True)
+    return pipe, info
+
+
+def _loaded(pipe: RealGeneralPipeline) -> list[nn.Module]:
+    """The models that are there: with precomputed inputs, the transformer alone."""
+    return [module for module in (pipe.vae, pipe.text_encoder, pipe.transformer) if module is not None]
+
+
+def _realign(pipe: RealGeneralPipeline) -> None:
+    # a checkpoint file is mapped into memory, where its tensors start anywhere; the bits of a product on a CPU depend on that,
+    # and DDP moves weights
+    for module in _loaded(pipe):
+        for parameter in module.parameters():
+            parameter.data = parameter.data.clone()
+
+
+def _fresh_adapter(config: TrainConfig, pipe: RealGeneralPipeline) -> list[str]:
+    tasks = task_specs(config)
+    pipe.transformer.configure_condition([get_task(spec).name for spec in tasks], config.preset)
+    torch.manual_seed(config.seed)
+    add_lora(pipe.transformer, config.rank, config.alpha or None, config.lora_targets)
+    return tasks
+
+
+def _start_from_adapter(config: TrainConfig, pipe: RealGeneralPipeline) -> list[str]:
+    info = load_adapter(pipe.transformer, resolve_adapter(config.init_adapter), preset=config.preset)
+    if (info.rank, info.alpha) != (config.rank, config.alpha or config.rank):
+        raise UsageError(
+            f"rank and alpha must be those of the adapter to start from, {info.rank} and {info.alpha:g}, "
+            f"got {config.rank} and {config.alpha or config.rank:g}"
+        )
+    tasks = task_specs(config) if config.tasks else list(info.tasks)
+    if tuple(get_task(spec).name for spec in tasks) != info.task_names:
+        raise UsageError(f"tasks must be those of the adapter to start from, {list(info.task_names)}, got {tasks}")
+    return tasks
+
+
+def task_specs(config: TrainConfig) -> list[str]:
+    """The tasks of a run."""
+    return run_tasks(config.tasks, config.data)

@@ -1,0 +1,152 @@
+"""The memory budget against what PyTorch's profiler sees allocated."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import tiny_text_encoder, tiny_tokenizer, tiny_transformer, tiny_vae
+from diffusers import CogVideoXDDIMScheduler
+from torch.profiler import ProfilerActivity, profile
+
+from realgeneral import RealGeneralPipeline
+from realgeneral.config import TrainConfig
+from realgeneral.memory import MemoryBudget, PeakBytes, StepShape, memory_budget, nbytes, step_bytes
+from realgeneral.models import load_models
+from realgeneral.objective import Batch, Draws, TextCache, training_loss
+from realgeneral.train import train
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+GIVEN = 0.15  # what the budget promises
+
+
+def settings(base: str, **changes: Any) -> TrainConfig:
+    return TrainConfig(base=base, data="unused", tasks=["canny"], rank=4, steps=2, **changes)
+
+
+def measure(pipe: RealGeneralPipeline, config: TrainConfig, shape: StepShape) -> int:
+    """Peak of the bytes that the profiler sees allocated in the second optimizer step."""
+    trained = [p for p in pipe.transformer.parameters() if p.requires_grad]
+    optimizer, texts = torch.optim.AdamW(trained), TextCache(pipe)
+    rows = range(shape.batch)
+    pixels = torch.rand(shape.batch, 1 + shape.conditions, 3, shape.height, shape.width) * 2 - 1
+    batch = Batch(
+        list(rows), pixels[:, 0].clone(), pixels[:, 1:].clone(), ["a red pot"] * shape.batch, ["canny"] * shape.batch,
+        [None] * shape.batch, ["x"] * shape.batch, [],
+    )  # fmt: skip
+    del pixels
+
+    def step() -> None:
+        for _ in range(config.gradient_accumulation_steps):
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+                training_loss(pipe, pipe.transformer, texts, batch, Draws.of(config, batch.numbers, 1000)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    live = peak = 0
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_checkpointing": "full"},
+        {"gradient_checkpointing": "selective", "preset": "paper"},
+        {"mixed_precision": "bf16"},
+        {"gradient_accumulation_steps": 2},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())) or "plain",
+)
+def test_step_of_nano(changes: dict[str, Any]) -> None:
+    """The step's peak is as predicted, for the shipped model."""
+    config, shape = settings("nano", **changes), StepShape(3, 1, 64, 64)
+    pipe, _ = load_models(config, torch.device("cpu"))
+    predicted = step_bytes(pipe, config, shape, keep_gradients=config.gradient_accumulation_steps > 1)
+    assert predicted == pytest.approx(measure(pipe, config, shape), rel=GIVEN)
+
+
+def test_step_of_a_middle_sized_model() -> None:
+    """Eight blocks of 256 channels at a ragged size with two conditions; each kind of checkpointing holds what is predicted."""
+    transformer = tiny_transformer("5b", num_layers=8, num_attention_heads=4, attention_head_dim=64, time_embed_dim=64)
+    scheduler = CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    stock = RealGeneralPipeline(tiny_tokenizer(), tiny_text_encoder(), tiny_vae(), transformer, scheduler)
+    predicted, shape = {}, StepShape(2, 2, 80, 112)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RealGeneralPipeline, "from_pretrained", lambda *_, **__: copy.deepcopy(stock))
+        for kind in ("none", "full", "selective"):
+            config = settings("given", gradient_checkpointing=kind)
+            pipe, _ = load_models(config, torch.device("cpu"))
+            predicted[kind] = step_bytes(pipe, config, shape)
+            assert predicted[kind] == pytest.approx(measure(pipe, config, shape), rel=GIVEN)
+    assert predicted["full"] < predicted["selective"] < predicted["none"] / 3
+
+
+def test_budget_counts_every_part(bases: dict[str, Path]) -> None:
+    """Weights by their own bytes, 8-bit states a quarter, shards by their share; nothing of the model changes."""
+    config, shape = settings(str(bases["5b"]), ema_decay=0.9), StepShape(2, 1, 16, 32)
+    pipe, _ = load_models(config, torch.device("cpu"))
+    before = {n: p.clone() for n, p in pipe.transformer.named_parameters()}
+    budget = memory_budget(pipe, config, shape)
+    trained = nbytes(p for p in pipe.transformer.parameters() if p.requires_grad)
+    assert budget.base == nbytes(pipe.transformer.parameters()) - trained
+    assert budget.encoders == nbytes([*pipe.vae.parameters(), *pipe.text_encoder.parameters()])
+    assert (budget.trained, budget.optimizer) == (2 * trained, 2 * trained)
+    assert budget.total == budget.base + budget.encoders + budget.trained + budget.optimizer + budget.step
+    eight = memory_budget(pipe, settings(str(bases["5b"]), optimizer="adamw8bit"), shape)
+    assert budget.optimizer / 4 < eight.optimizer < budget.optimizer / 3.8
+    assert memory_budget(pipe, config, shape, encode=False).encoders == 0
+    sharded = memory_budget(pipe, settings(str(bases["5b"]), engine="fsdp2"), shape, processes=4)
+    assert sharded.base == budget.base // 4
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in pipe.transformer.named_parameters())
+
+
+def test_text_of_a_budget() -> None:
+    """One line that names each part."""
+    budget = MemoryBudget(11 * 2**30, 2**29, 2**30, 2**31, 3 * 2**30)
+    assert str(budget) == ("about 17.5 GiB: base 11, encoders 0.5, trained weights 1, optimizer 2, gradients and activations 3")
+
+
+def test_peak_bytes() -> None:
+    """A storage counts once, for as long as something refers to it."""
+    with PeakBytes() as counter:
+        a = torch.ones(1000)
+        view = a.view(10, 100).t()
+        b = a + 1
+        assert counter.live == 8000
+        del a, b
+        assert counter.live == 4000
+        del view
+        assert counter.live == 0
+        torch.ones(10)
+    assert counter.peak == 8000
+
+
+def test_budget_is_told_before_the_run(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], photo: Any
+) -> None:
+    """The line comes before the first step, and every row of the log has the memory in use."""
+    photo.save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a red pot")
+    result = train(
+        TrainConfig(
+            base=str(bases["5b"]), data=str(tmp_path), tasks=["canny"], output=str(tmp_path / "run"), height=16, width=32,
+            rank=2, steps=1, batch_size=2, sample_count=0,
+        )
+    )  # fmt: skip
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("needs about 0.00")
+    assert line.endswith("(2 samples per micro-step, 1 condition each, 32 x 16 pixels)")
+    (row,) = map(json.loads, Path(result["log"]).read_text().splitlines())
+    assert row["memory_gib"] > 0.05  # Python and PyTorch alone

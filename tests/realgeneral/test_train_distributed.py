@@ -1,0 +1,314 @@
+"""Training in two processes on the CPU: equal to one process, and leaving together whatever happens in one of them.
+
+Where equality is demanded it is bit for bit, and this is why it holds. Two processes with micro-batches of one sample see the
+samples that one process sees in two micro-steps, in tensors of the same shapes, so each sample's loss and gradient have the
+same bits. The mean of two gradients is (a + b) / 2 or a / 2 + b / 2: halving is exact, and a sum of two terms has one order.
+Only the norm of a sharded gradient is summed in another order, so these tests keep it from scaling anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_photo
+from processes import Outcome, run_processes
+from safetensors.torch import load_file
+from test_train import assert_same_weights, losses, rows, weights
+from test_train import data as data
+
+from realgeneral import checkpoint, tracking
+from realgeneral import train as train_module
+from realgeneral.bad_batch import load_bad_batch
+from realgeneral.config import TrainConfig
+from realgeneral.errors import UsageError
+from realgeneral.train import train
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+ENGINES = ("ddp", "fsdp2")
+
+
+@pytest.fixture
+def config(bases: dict[str, Path], data: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+    """One sample per process and micro-step, gradients clipped by nothing."""
+
+    def make(output: str = "run", **changes: Any) -> TrainConfig:
+        settings: dict[str, Any] = {
+            "base": str(bases["5b"]), "data": str(data), "tasks": ["canny", "colouring"], "output": str(tmp_path / output),
+            "height": 16, "width": 32, "rank": 2, "alpha": 4.0, "steps": 4, "batch_size": 1, "warmup_steps": 2, "save_every": 2,
+            "keep_checkpoints": 9, "sample_count": 0, "learning_rate": 1e-2, "max_grad_norm": 1e9, "ema_decay": 0.5,
+        }  # fmt: skip
+        return TrainConfig(**{**settings, **changes})
+
+    return make
+
+
+def in_two(made: TrainConfig, work: Callable[..., Any] | None = None, *args: Any) -> list[Outcome]:
+    return run_processes(work or plain, made, *args)
+
+
+def assert_done(outcomes: list[Outcome]) -> list[Any]:
+    assert [o.trace for o in outcomes] == ["", ""]
+    return [o.value for o in outcomes]
+
+
+def assert_failed_together(outcomes: list[Outcome], kind: str) -> list[str]:
+    assert [o.kind for o in outcomes] == [kind, kind], [o.trace for o in outcomes]
+    return [o.text for o in outcomes]
+
+
+# --- what runs in the processes ------------------------------------------------------------------------------------------
+
+
+def plain(rank: int, made: TrainConfig) -> dict[str, Any]:
+    return train(made)
+
+
+def after_row(step: int, action: Callable[[], None]) -> None:
+    """Do something right after the row of `step` is logged."""
+    original = tracking.MetricsLog.step
+
+    def acting(self: Any, done: int, *args: Any) -> None:
+        original(self, done, *args)
+        if done == step:
+            action()
+
+    tracking.MetricsLog.step = acting  # type: ignore[method-assign]
+
+
+def signalled(rank: int, made: TrainConfig, step: int) -> None:
+    """The second process alone is asked to stop."""
+    if rank == 1:
+        after_row(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    train(made)
+
+
+def counting(rank: int, made: TrainConfig) -> tuple[int, int]:
+    """Numbers that this process holds of the transformer, and all of them."""
+    original, counts = train_module.finish, []
+
+    def spy(run: Any) -> Any:
+        parameters = list(run.pipe.transformer.parameters())
+        local = sum(getattr(p, "_local_tensor", p).numel() for p in parameters)
+        counts.append((local, sum(p.numel() for p in parameters)))
+        return original(run)
+
+    train_module.finish = spy
+    train(made)
+    return counts[0]
+
+
+def poisoned(rank: int, made: TrainConfig, step: int, where: str) -> None:
+    """The second process alone meets a NaN in `step`."""
+    original, calls = train_module.training_loss, [0]
+
+    def loss_of(pipe: Any, model: Any, texts: Any, batch: Any, draws: Any) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == step and where == "loss":
+            batch.target.fill_(float("nan"))
+        loss = original(pipe, model, texts, batch, draws)
+        if calls[0] == step and where == "gradient":
+            loss.register_hook(lambda grad: grad * float("nan"))
+        return loss
+
+    if rank == 1:
+        train_module.training_loss = loss_of
+    train(made)
+
+
+def full_disk(rank: int, made: TrainConfig) -> None:
+    """The main process cannot write its second checkpoint."""
+    original, calls = torch.save, [0]
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise OSError(28, "No space left on device")
+        original(*args, **kwargs)
+
+    torch.save = save
+    train(made)
+
+
+# --- the same training ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_as_one(config: Callable[..., TrainConfig], engine: str) -> None:
+    """Losses, tasks, adapter, average and sample pictures have the bits of one process with the same samples per step."""
+    sampling = {"sample_count": 1, "sample_every": 2, "sample_steps": 2}
+    two = config("two", engine=engine, **sampling)
+    assert_done(in_two(two))
+    train(config("one", gradient_accumulation_steps=2, **sampling))
+    one, run = Path(config("one").output), Path(two.output)
+    assert losses(run) == losses(one)
+    for mine, theirs in zip(rows(run), rows(one), strict=True):
+        assert mine["tasks"] == theirs["tasks"] and mine["timesteps"] == theirs["timesteps"]
+        assert len(mine["tasks"]) <= 2
+    assert_same_weights(run / "adapter", one / "adapter")
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["step-000002.png", "step-000004.png"]
+    for picture in (one / "samples").iterdir():
+        assert (run / "samples" / picture.name).read_bytes() == picture.read_bytes()
+    # states too are whole and equal, so that any engine continues from them
+    mine, theirs = (
+        torch.load(folder / "checkpoints/step-000004/training_state.pt", weights_only=True) for folder in (run, one)
+    )
+    for index, state in theirs["optimizer"]["state"].items():
+        assert all(torch.equal(value, mine["optimizer"]["state"][index][name]) for name, value in state.items())
+    assert all(torch.equal(a, b) for a, b in zip(mine["ema"]["shadow_params"], theirs["ema"]["shadow_params"], strict=True))
+
+
+def test_larger_micro_batches_and_checkpointing(config: Callable[..., TrainConfig]) -> None:
+    """Ragged use: three samples per process over two micro-steps, selective checkpointing, preset paper, sharded, norm clipped.
+
+    Here sums have other orders, and AdamW turns the rounding of a gradient that is nearly zero into a step of up to the
+    learning rate: the losses agree as far as those of one process do that accumulates instead of batching.
+    """
+    shared = {"preset": "paper", "max_grad_norm": 0.5, "steps": 3, "ema_decay": 0.0}
+    two = config(
+        "two", engine="fsdp2", batch_size=3, gradient_accumulation_steps=2, gradient_checkpointing="selective", **shared
+    )
+    assert_done(in_two(two))
+    values = {}
+    for name, batch, micro in (("batched", 12, 1), ("accumulated", 1, 12)):
+        train(config(name, batch_size=batch, gradient_accumulation_steps=micro, **shared))
+        values[name] = losses(config(name).output)
+    # before the first update only the order of sums differs
+    assert losses(two.output)[0] == pytest.approx(values["batched"][0], rel=16 * torch.finfo(torch.float32).eps)
+    spread = max(abs(a - b) / b for a, b in zip(values["batched"], values["accumulated"], strict=True))
+    for mine, theirs in zip(losses(two.output), values["batched"], strict=True):
+        assert abs(mine - theirs) / theirs <= 10 * spread + 16 * torch.finfo(torch.float32).eps
+
+
+def test_shards_are_shares(config: Callable[..., TrainConfig]) -> None:
+    """Each process holds half of all weights, frozen ones included, and the main process alone writes."""
+    held = assert_done(in_two(config(engine="fsdp2", steps=1), counting))
+    total = held[0][1]
+    assert sum(local for local, _ in held) == total
+    assert all(abs(local - total / 2) < 0.01 * total for local, _ in held)
+    assert len(rows(config().output)) == 1
+
+
+# --- leaving together ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_signal_to_one_process_stops_both_and_resumes(config: Callable[..., TrainConfig], engine: str) -> None:
+    """SIGTERM in one process: both save and stop after the same step; two processes, then one, continue to the same bits."""
+    train(config("one", gradient_accumulation_steps=2, steps=5))
+    broken = {"engine": engine, "steps": 5, "save_every": 9}
+    for text in assert_failed_together(in_two(config("two", **broken), signalled, 1), "Failure"):
+        assert text == f"stopped by signal {int(signal.SIGTERM)} after step 1; the same command with --resume continues"
+    for text in assert_failed_together(in_two(config("two", resume=True, **broken), signalled, 3), "Failure"):
+        assert "after step 3;" in text
+    assert [p.name for p in checkpoint.checkpoints(Path(config("two").output))] == ["step-000001", "step-000003"]
+    train(config("two", resume=True, steps=5, gradient_accumulation_steps=2))
+    assert losses(config("two").output) == losses(config("one").output)
+    assert_same_weights(Path(config("two").output) / "adapter", Path(config("one").output) / "adapter")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nan_in_one_process_stops_both(config: Callable[..., TrainConfig], engine: str, where: str) -> None:
+    """Both leave at once with an error that names the rows, the bad batch is saved, the checkpoint before is intact."""
+    texts = assert_failed_together(in_two(config(engine=engine, save_every=1), poisoned, 3, where), "Failure")
+    run = Path(config().output)
+    assert all(text.startswith(f"{where} must be finite, got ") and "at step 3" in text for text in texts)
+    if where == "loss":
+        assert texts[0] == f"{texts[1]} (in process 1)"
+        assert sorted(p.name for p in (run / "bad_batch-000003").iterdir()) == ["rank-1.json", "rank-1.safetensors"]
+        ((batch, _),) = load_bad_batch(run / "bad_batch-000003", 1)
+        assert batch.target.isnan().all()
+        assert all(name in texts[0] for name in batch.names)
+    else:
+        assert len(list((run / "bad_batch-000003").iterdir())) == 4
+    last = checkpoint.checkpoints(run)[-1]
+    assert last.name == "step-000002"
+    assert all(value.isfinite().all() for value in weights(last).values())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bad_row_in_one_process_stops_both(config: Callable[..., TrainConfig], engine: str, tmp_path: Path) -> None:
+    """With --strict a bad row that one process meets ends both, with its name."""
+    lines = []
+    for i in range(3):
+        make_photo(48, 32, i).save(tmp_path / f"{i}.png")
+        lines.append(json.dumps({"target": f"{i}.png", "prompt": "a cat"}))
+    lines.append(json.dumps({"target": "nothing.png", "prompt": "a cat"}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    outcomes = in_two(config(data=str(tmp_path), strict=True, engine=engine, steps=9))
+    texts = assert_failed_together(outcomes, "Failure")
+    assert all(text.startswith("metadata.jsonl line 4") for text in texts)
+    assert sum("(in process" in text for text in texts) == 1
+
+
+def test_full_disk_stops_both(config: Callable[..., TrainConfig]) -> None:
+    """A checkpoint that the main process cannot write ends both; the one before is intact."""
+    texts = assert_failed_together(in_two(config(), full_disk), "Failure")
+    assert all("checkpoint of step 4 could not be written" in text and "No space left" in text for text in texts)
+    assert [p.name for p in checkpoint.checkpoints(Path(config().output))] == ["step-000002"]
+
+
+# --- usage ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_launched_by_torchrun(config: Callable[..., TrainConfig], engine: str) -> None:
+    """The documented launch line; one summary, one log."""
+    made = config(steps=2)
+    arguments = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "realgeneral.train",
+    ]
+    for name in ("base", "data", "output", "height", "width", "rank", "steps", "batch_size", "learning_rate"):
+        arguments += [f"--{name.replace('_', '-')}", str(getattr(made, name))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [*arguments, "--tasks", "canny", "--sample-count", "0", "--engine", engine],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=180)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, err
+    assert out.count("needs about") == 1
+    assert [row["step"] for row in rows(made.output)] == [1, 2]
+    assert load_file(Path(made.output) / "adapter/realgeneral.safetensors")
+
+
+def test_samples_per_step_must_stay(config: Callable[..., TrainConfig]) -> None:
+    """A run of two micro-steps continues in one process only with two."""
+    train(config(steps=2, gradient_accumulation_steps=2))
+    with pytest.raises(UsageError, match=r"batch_size \* gradient_accumulation_steps \* processes must be 2 as in the run"):
+        train(config(steps=2, gradient_accumulation_steps=3, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, r"engine fsdp2 needs several processes \(torchrun or accelerate launch\), got 1"),
+        ({"optimizer": "adamw8bit"}, "engine fsdp2"),
+    ],
+)
+def test_fsdp2_in_one_process(config: Callable[..., TrainConfig], change: dict[str, Any], message: str) -> None:
+    """Told before anything is loaded."""
+    with pytest.raises(UsageError, match=message):
+        train(config(engine="fsdp2", **change))
+    assert not Path(config().output).exists()
