@@ -387,7 +387,8 @@ def test_new_process_makes_the_same_picture(
     condition.save(tmp_path / "condition.png")
     arguments = {
         "prompt": label.split("\n")[1], "condition": tmp_path / "condition.png", "task": "colouring",
-        "adapter": result["adapter"], "base": made.base, "height": 16, "width": 32, "steps": 3, "guidance-scale": made.guidance_scale, "seed": 5,
+        "adapter": result["adapter"], "base": made.base, "height": 16, "width": 32, "steps": 3, "seed": 5,
+        "guidance-scale": made.guidance_scale,
         "output": tmp_path / "same.png",
     }  # fmt: skip
     done = subprocess.run(
@@ -604,7 +605,7 @@ def test_killed_twenty_times(config: Callable[..., TrainConfig]) -> None:
         else:
             # some steps further than ever before, then anywhere within a step and its checkpoint
             wanted, done = reached[-1] + rng.randint(1, 8), False
-            while not done and (not (rows_now := logged(made)) or rows_now < wanted):
+            while not done and logged(made) < wanted:
                 done = receiver.poll(0.005)
             done = done or receiver.poll(rng.uniform(0, 0.03))
         process.kill()
