@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_leaves
 
 from realgeneral.config import TrainConfig
 from realgeneral.diffusion import v_loss
-from realgeneral.objective import encode_pictures
 from realgeneral.pipeline import RealGeneralPipeline
 
 GIB = 2**30
@@ -120,62 +119,55 @@ def step_bytes(
     """Peak of the bytes that a micro-step allocates beyond the models: encoding, forward, backward, gradients.
 
     Args:
-        pipe: Models, real or fake.
+        pipe: Models, on the device of the run, or on "meta" to ask about models that are not there.
         config: Settings.
         shape: Of the micro-batch.
         keep_gradients: Whether the gradients of an earlier micro-step are there already.
         encode: Whether the images go through the VAE.
     """
-    transformer = pipe.transformer
-    weights = dict(transformer.named_parameters())
-    device = next(iter(weights.values())).device
-    mode = next((p.fake_mode for p in weights.values() if hasattr(p, "fake_mode")), None)
-    with mode or FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.compiler.set_stance("force_eager"):
+    model = _Step(pipe, encode)
+    device = next(pipe.transformer.parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"):
         # weights of its own: no gradient reaches the model's, and no view of one counts as new
-        own = {n: fake.from_tensor(p).detach().requires_grad_(p.requires_grad) for n, p in weights.items()}
+        own = {n: torch.empty_like(p, device=device).requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
         trained = [p for p in own.values() if p.requires_grad]
         if keep_gradients:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
         with PeakBytes() as counter, torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-            inputs = _inputs(pipe, shape, device, encode)
-            functional_call(_Step(transformer), {f"transformer.{n}": p for n, p in own.items()}, (inputs,))
+            functional_call(model, own, (shape, device))
     return counter.peak + (nbytes(trained) if keep_gradients else 0)
 
 
 class _Step(nn.Module):
-    """Forward and backward in one call, so that what is recomputed in the backward pass meets the same weights."""
+    """Encoding, forward and backward in one call, so that what is recomputed in the backward pass meets the same weights."""
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, pipe: RealGeneralPipeline, encode: bool) -> None:
         super().__init__()
-        self.transformer = transformer
+        self.transformer, self.vae = pipe.transformer, pipe.vae if encode else None
+        self.factor = pipe.vae_scale_factor_spatial
 
-    def forward(self, inputs: dict[str, Any]) -> None:
-        prediction = self.transformer(**inputs)[0]
+    def forward(self, shape: StepShape, device: torch.device) -> None:
+        transformer, config = self.transformer, self.transformer.config
+        batch, images, dtype = shape.batch, shape.conditions + 1, transformer.proj_out.weight.dtype
+        if self.vae is not None:
+            pixels = torch.empty(batch * images, 3, shape.height, shape.width, device=device)
+            with torch.no_grad():
+                latents = encode_images(self.vae, pixels).unflatten(0, (batch, images)).float()
+        else:
+            size = (shape.height // self.factor, shape.width // self.factor)
+            latents = torch.empty(batch, images, config.in_channels, *size, device=device)
+        prediction = transformer(
+            latents[:, :1].repeat(1, transformer.geometry.frames_per_image, 1, 1, 1).to(dtype),
+            torch.empty(batch, config.max_text_seq_length, config.text_embed_dim, device=device, dtype=dtype),
+            torch.zeros(batch, dtype=torch.int64, device=device),
+            condition_latents=latents[:, 1:].to(dtype),
+            task_ids=torch.zeros(batch, dtype=torch.int64, device=device),
+            subject_embeds=torch.empty(batch, config.text_embed_dim, device=device),
+            return_dict=False,
+        )[0]
         v_loss(prediction, torch.empty_like(prediction, dtype=torch.float32)).mean().backward()
-
-
-def _inputs(pipe: RealGeneralPipeline, shape: StepShape, device: torch.device, encode: bool) -> dict[str, Any]:
-    transformer = pipe.transformer
-    config, frames, dtype = transformer.config, transformer.geometry.frames_per_image, transformer.proj_out.weight.dtype
-    batch, images = shape.batch, shape.conditions + 1
-    height, width = (n // pipe.vae_scale_factor_spatial for n in (shape.height, shape.width))
-    if encode:
-        pixels = torch.empty(batch * images, 3, shape.height, shape.width, device=device)
-        with torch.no_grad():
-            latents = encode_pictures(pipe.vae, pixels).unflatten(0, (batch, images)).float()
-    else:
-        latents = torch.empty(batch, images, config.in_channels, height, width, device=device)
-    text = torch.empty(batch, config.max_text_seq_length, config.text_embed_dim, device=device, dtype=dtype)
-    return {
-        "hidden_states": latents[:, :1].repeat(1, frames, 1, 1, 1).to(dtype),
-        "encoder_hidden_states": text,
-        "timestep": torch.zeros(batch, dtype=torch.int64, device=device),
-        "condition_latents": latents[:, 1:].to(dtype),
-        "task_ids": torch.zeros(batch, dtype=torch.int64, device=device),
-        "subject_embeds": torch.empty(batch, config.text_embed_dim, device=device),
-        "return_dict": False,
-    }
 
 
 class PeakBytes(TorchDispatchMode):

@@ -607,7 +607,7 @@ def test_killed_twenty_times(config: Callable[..., TrainConfig]) -> None:
         else:
             # some steps further than ever before, then anywhere within a step and its checkpoint
             wanted, done = reached[-1] + rng.randint(1, 8), False
-            while not done and (not (rows_now := logged(made)) or rows_now < wanted):
+            while not done and logged(made) < wanted:
                 done = receiver.poll(0.005)
             done = done or receiver.poll(rng.uniform(0, 0.03))
         process.kill()
