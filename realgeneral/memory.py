@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from realgeneral.config import TrainConfig
 from realgeneral.diffusion import v_loss
+from realgeneral.objective import encode_pictures
 from realgeneral.pipeline import RealGeneralPipeline
 
 GIB = 2**30
@@ -154,7 +155,7 @@ class _Step(nn.Module):
         if self.vae is not None:
             pixels = torch.empty(batch * images, 3, shape.height, shape.width, device=device)
             with torch.no_grad():
-                latents = encode_images(self.vae, pixels).unflatten(0, (batch, images)).float()
+                latents = encode_pictures(self.vae, pixels).unflatten(0, (batch, images)).float()
         else:
             size = (shape.height // self.factor, shape.width // self.factor)
             latents = torch.empty(batch, images, config.in_channels, *size, device=device)
