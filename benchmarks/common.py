@@ -59,12 +59,14 @@ class Timed:
         peak_mib: Memory that one run allocates on top of what exists; None where it is not counted.
         resident_mib: What exists before the run: weights, inputs, optimizer state.
         graph: Whether a CUDA graph was replayed.
+        cpu_seconds: CPU time of the runs, all threads; counted without CUDA alone.
     """
 
     times: list[float] = field(default_factory=list)
     peak_mib: float | None = None
     resident_mib: float | None = None
     graph: bool = False
+    cpu_seconds: float | None = None
 
 
 def default_device() -> torch.device:
@@ -130,9 +132,10 @@ def _rounds(names: list[str], least: int, most: int) -> Iterator[list[str]]:
 def _time_cpu(providers: Mapping[str, Run], rounds: Iterator[list[str]], timed: Mapping[str, Timed]) -> None:
     for names in rounds:
         for name in names:
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             providers[name]()
             timed[name].times.append((time.perf_counter() - start) * 1e3)
+            timed[name].cpu_seconds = (timed[name].cpu_seconds or 0.0) + time.process_time() - used
 
 
 def _time_cuda(
@@ -258,6 +261,8 @@ def _row(case: Case, provider: str, timed: Timed, device: torch.device) -> dict[
         "resident_mib": timed.resident_mib,
         "cuda_graph": timed.graph,
         "runs": len(timed.times),
+        # below 1 the process waited for a core: the machine was busy with other work
+        "cores_used": timed.cpu_seconds and timed.cpu_seconds / sum(timed.times) * 1e3,
     }
     if case.bytes:
         row["share_of_ceiling"] = row["gb_per_s"] / row["ceiling_gb_per_s"]

@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shape", action="append", default=[], metavar="NAME", help="run this shape of benchmarks/shapes.py")
     parser.addoption("--provider", action="append", default=[], metavar="NAME", help="models: run this provider only")
     parser.addoption("--layers", type=int, metavar="N", help="models: transformer blocks (default: all of the geometry)")
-    parser.addoption("--steps", type=int, metavar="N", help="generation: denoising steps (default: 50 on CUDA, 10 elsewhere)")
+    parser.addoption("--steps", type=int, metavar="N", help="generation: denoising steps (default: 50, shape mid 10)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

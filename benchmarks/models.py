@@ -31,7 +31,7 @@ _ROTARY = {"use_rotary_positional_embeddings": True}
 # what differs from diffusers' defaults; 2B, 5B and 1.5-5B as in the published checkpoints
 CONFIGS: dict[str, dict[str, Any]] = {
     "nano": {**_SMALL, **_ROTARY, "num_layers": 6, "sample_height": 16, "sample_width": 16},
-    "mid": {**_SMALL, **_ROTARY, "num_layers": 4, "sample_height": 32, "sample_width": 32},
+    "mid": {**_SMALL, **_ROTARY, "num_layers": 6, "sample_height": 32, "sample_width": 32},
     "2b": {**_LARGE, "num_layers": 30, "sample_height": 60, "sample_width": 90},
     "5b": {**_LARGE, **_ROTARY, "num_layers": 42, "sample_height": 60, "sample_width": 90},
     "1.5-5b": {**_LARGE, **_ROTARY, "num_layers": 42, "sample_height": 300, "sample_width": 300, "patch_size_t": 2, "patch_bias": False},
