@@ -15,14 +15,14 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 
-from diffusers import CogVideoXTransformer3DModel  # noqa: E402  (needs diffusers)
-from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock  # noqa: E402
+from diffusers import CogVideoXTransformer3DModel
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 
-import rgkernels  # noqa: E402
-from benchmarks.common import Case, Run, measure  # noqa: E402
-from benchmarks.models import Provider, block_flops, build_model, config_of, providers, usable  # noqa: E402
-from benchmarks.shapes import MODELS, STOCK, Shape  # noqa: E402
-from rgkernels.cogvideox import Modulation, Rotary  # noqa: E402
+import rgkernels
+from benchmarks.common import Case, Run, measure
+from benchmarks.models import Provider, block_flops, build_model, config_of, providers, usable
+from benchmarks.shapes import MODELS, STOCK, Shape
+from rgkernels.cogvideox import Modulation, Rotary
 
 MODES = ("forward", "forward+backward")
 Report = Callable[[list[dict[str, Any]]], None]
@@ -82,9 +82,7 @@ def block_run(provider: Provider, values: dict[str, Any], leaves: list[Tensor], 
 
 @pytest.mark.shapes(MODELS)
 @pytest.mark.parametrize("mode", MODES)
-def test_realgeneral_block(
-    shape: Shape, mode: str, device: torch.device, report: Report, pytestconfig: pytest.Config
-) -> None:
+def test_realgeneral_block(shape: Shape, mode: str, device: torch.device, report: Report, pytestconfig: pytest.Config) -> None:
     """Time a block in the middle of a model, on the shape's own layout (preset "paper")."""
     if shape.grid is None:
         pytest.skip(f"a model's shape must be one of images, {shape.name} is not")

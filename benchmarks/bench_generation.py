@@ -1,8 +1,8 @@
 """Generation: all denoising steps of one image with guidance, with the condition cached and computed anew in each step.
 
-The pipeline's own loop from noise to latents; a cached run includes making its cache. Text encoder and VAE are the same for all and
-left out. A cached run is paired with the same provider's uncached one in each round; on a quiet CPU the median of these ratios
-must reach 1.5.
+The pipeline's own loop from noise to latents; a cached run includes making its cache. Text encoder and VAE are the same for all
+and left out. A cached run is paired with the same provider's uncached one in each round; on a quiet CPU the median of these
+ratios must reach 1.5.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from diffusers import CogVideoXDDIMScheduler  # noqa: E402  (needs diffusers)
+from diffusers import CogVideoXDDIMScheduler
 
-from benchmarks.common import Case, Run, measure  # noqa: E402
-from benchmarks.models import Inputs, Provider, block_flops, build_model, model_flops, model_inputs, providers, usable  # noqa: E402
-from benchmarks.shapes import MODELS, Shape  # noqa: E402
-from realgeneral.layout import get_preset, joint_layout, sublayout  # noqa: E402
-from realgeneral.pipeline import RealGeneralPipeline  # noqa: E402
+from benchmarks.common import Case, Run, measure
+from benchmarks.models import Inputs, Provider, block_flops, build_model, model_flops, model_inputs, providers, usable
+from benchmarks.shapes import MODELS, Shape
+from realgeneral.layout import get_preset, joint_layout, sublayout
+from realgeneral.pipeline import RealGeneralPipeline
 
 PRESET = "cached"
 GUIDANCE = 6.0

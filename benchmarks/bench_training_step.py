@@ -1,7 +1,8 @@
 """A whole LoRA training step: noising, forward, loss, backward, gradient clipping, AdamW.
 
-The trainer's own pieces with a random base and encoded inputs; text encoder and VAE are the same for all and left out. The learning
-rate is 0: the same work, and the weights stay what they are for the next provider. FLOPs are model FLOPs: recomputation is not counted.
+The trainer's own pieces with a random base and encoded inputs; text encoder and VAE are the same for all and left out. The
+learning rate is 0: the same work, and the weights stay what they are for the next provider. FLOPs are model FLOPs, without LoRA
+and recomputation.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from diffusers import CogVideoXDDIMScheduler  # noqa: E402  (needs diffusers)
+from diffusers import CogVideoXDDIMScheduler
 
-from benchmarks.common import Case, Run, measure  # noqa: E402
-from benchmarks.models import Inputs, Provider, build_model, model_flops, model_inputs, providers, usable  # noqa: E402
-from benchmarks.shapes import MODELS, Shape  # noqa: E402
-from realgeneral.adapter import add_lora  # noqa: E402
-from realgeneral.diffusion import noised, v_loss, v_target  # noqa: E402
-from realgeneral.layout import get_preset, joint_layout  # noqa: E402
+from benchmarks.common import Case, Run, measure
+from benchmarks.models import Inputs, Provider, build_model, model_flops, model_inputs, providers, usable
+from benchmarks.shapes import MODELS, Shape
+from realgeneral.adapter import add_lora
+from realgeneral.diffusion import noised, v_loss, v_target
+from realgeneral.layout import get_preset, joint_layout
 
 RANK = 64  # the trainer's default
 PRESET = "cached"

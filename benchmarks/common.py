@@ -1,7 +1,8 @@
 """Timing, ceilings and result rows, shared by all benchmarks.
 
-On CUDA an op is captured into a CUDA graph where that works, the L2 cache is overwritten before each run, and providers take turns
-(every other round in reverse), so that clocks and neighbours affect them alike. Elsewhere the wall clock is read, in turns as well.
+On CUDA an op is captured into a CUDA graph where that works, the L2 cache is overwritten before each run, and providers take
+turns (every other round in reverse), so that clocks and neighbours affect them alike. Elsewhere the wall clock is read, also in
+turns.
 """
 
 from __future__ import annotations
@@ -268,8 +269,7 @@ def _row(case: Case, provider: str, timed: Timed, device: torch.device) -> dict[
         row["share_of_ceiling"] = row["gb_per_s"] / row["ceiling_gb_per_s"]
     elif case.flops:
         row["share_of_ceiling"] = row["tflop_per_s"] / row["ceiling_tflop_per_s"]
-    now = datetime.datetime.now(datetime.timezone.utc)
-    return row | environment(device) | {"date": now.isoformat(timespec="seconds")}
+    return row | environment(device)
 
 
 def _quantiles(times: list[float]) -> tuple[float, float, float]:
@@ -279,12 +279,17 @@ def _quantiles(times: list[float]) -> tuple[float, float, float]:
     return tenths[1], statistics.median(times), tenths[7]
 
 
-@functools.cache
 def environment(device: torch.device) -> dict[str, Any]:
-    """Where a row comes from: machine, versions, commit, command.
+    """Where a row comes from: machine, versions, commit, date, command.
 
     A copy of the tree without git is of the commit that BENCH_COMMIT names; where neither says, the row counts as dirty.
     """
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return _origin(device) | {"date": now.isoformat(timespec="seconds")}
+
+
+@functools.cache
+def _origin(device: torch.device) -> dict[str, Any]:
     cuda = device.type == "cuda"
     head, changes = _output("git", "rev-parse", "HEAD"), _output("git", "status", "--porcelain")
     named = os.environ.get("BENCH_COMMIT")

@@ -28,14 +28,15 @@ from rgkernels import SegmentLayout, cogvideox
 _SMALL = {"in_channels": 8, "out_channels": 8, "text_embed_dim": 256, "time_embed_dim": 128}
 _LARGE = {"in_channels": 16, "out_channels": 16, "text_embed_dim": 4096, "time_embed_dim": 512}
 _ROTARY = {"use_rotary_positional_embeddings": True}
+_PAIRS = {"patch_size_t": 2, "patch_bias": False}
 # what differs from diffusers' defaults; 2B, 5B and 1.5-5B as in the published checkpoints
 CONFIGS: dict[str, dict[str, Any]] = {
     "nano": {**_SMALL, **_ROTARY, "num_layers": 6, "sample_height": 16, "sample_width": 16},
     "mid": {**_SMALL, **_ROTARY, "num_layers": 6, "sample_height": 32, "sample_width": 32},
     "2b": {**_LARGE, "num_layers": 30, "sample_height": 60, "sample_width": 90},
     "5b": {**_LARGE, **_ROTARY, "num_layers": 42, "sample_height": 60, "sample_width": 90},
-    "1.5-5b": {**_LARGE, **_ROTARY, "num_layers": 42, "sample_height": 300, "sample_width": 300, "patch_size_t": 2, "patch_bias": False},
-}  # fmt: skip
+    "1.5-5b": {**_LARGE, **_ROTARY, "num_layers": 42, "sample_height": 300, "sample_width": 300, **_PAIRS},
+}
 
 
 def config_of(shape: Shape) -> dict[str, Any]:

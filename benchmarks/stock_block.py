@@ -1,7 +1,7 @@
 """The RealGeneral block as one writes it on stock diffusers: the baseline of the model-level benchmarks.
 
-Streams stay apart and are joined for attention and feed-forward in each block, norms and gates are separate eager operations, the
-mask is dense, and the last block computes all tokens. It takes the place of `rgkernels.cogvideox.block_forward`.
+Streams stay apart and are joined for attention and feed-forward in each block, norms and gates are separate eager operations,
+the mask is dense, and the last block computes all tokens. It takes the place of `rgkernels.cogvideox.block_forward`.
 """
 
 from __future__ import annotations
