@@ -294,6 +294,7 @@ def _origin(device: torch.device) -> dict[str, Any]:
     head, changes = _output("git", "rev-parse", "HEAD"), _output("git", "status", "--porcelain")
     named = os.environ.get("BENCH_COMMIT")
     return {
+        "device_type": device.type,
         "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
         "threads": None if cuda else torch.get_num_threads(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,

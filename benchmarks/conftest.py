@@ -26,11 +26,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--steps", type=int, metavar="N", help="generation: denoising steps (default: 50, shape mid 10)")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """The mark that gives a benchmark its own default shapes."""
-    config.addinivalue_line("markers", "shapes(names): default shapes by device type, instead of the ops' acceptance sizes")
-
-
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     """Collect benchmarks by their own name pattern, unless pytest does already: by its configuration, or named as a file."""
     patterns = parent.config.getini("python_files")
