@@ -19,8 +19,8 @@ from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 
 import rgkernels
-from benchmarks.common import Case, Run, measure
-from benchmarks.models import Provider, block_flops, build_model, config_of, providers, usable
+from benchmarks.common import Case, Run, measure, usable
+from benchmarks.models import Provider, block_flops, build_model, config_of, providers
 from benchmarks.shapes import MODELS, STOCK, Shape
 from rgkernels.cogvideox import Modulation, Rotary
 

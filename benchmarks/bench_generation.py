@@ -19,8 +19,8 @@ pytest.importorskip("transformers")
 
 from diffusers import CogVideoXDDIMScheduler
 
-from benchmarks.common import Case, Run, measure
-from benchmarks.models import Inputs, Provider, block_flops, build_model, model_flops, model_inputs, providers, usable
+from benchmarks.common import Case, Run, measure, usable
+from benchmarks.models import Inputs, Provider, block_flops, build_model, model_flops, model_inputs, providers
 from benchmarks.shapes import MODELS, Shape
 from realgeneral.layout import get_preset, joint_layout, sublayout
 from realgeneral.pipeline import RealGeneralPipeline
@@ -99,6 +99,7 @@ def test_generation(
     against = {name: f"{name.split()[0]} uncached" for name in whole if name.endswith(" cached")}
 
     layers = model.config.num_layers
+    # one FLOP here: modes that take turns differ in FLOPs, so each row is multiplied by its own below
     case = Case("generation", "", shape.name, dtype, flops=1)
     rows = measure(case, whole, device, against=against, warm_ups=short, graphs=False, least=1 if cuda else 5)
     for row in rows:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rgkernels
-from benchmarks.common import Case, Run, compiled, gradient_run, measure
+from benchmarks.common import Case, Run, compiled, gradient_run, measure, usable
 from benchmarks.shapes import Shape
 
 # passes over [B, S, C]: forward reads q, k and writes both; backward reads q, k and two upstream gradients and writes both
@@ -123,6 +123,6 @@ def test_qk_norm_rope(shape: Shape, mode: str, device: torch.device, report: Cal
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     values = inputs(shape, dtype, device)
     case = Case("qk_norm_rope", mode, shape.name, dtype, bytes=bytes_moved(values, mode))
-    rows = measure(case, runs(providers(device, mode), values, mode), device)
+    rows = measure(case, usable(runs(providers(device, mode), values, mode)), device)
     report(rows)
     assert all(row["ms_p50"] > 0 for row in rows)

@@ -18,8 +18,8 @@ pytest.importorskip("diffusers")
 
 from diffusers import CogVideoXDDIMScheduler
 
-from benchmarks.common import Case, Run, measure
-from benchmarks.models import Inputs, Provider, build_model, model_flops, model_inputs, providers, usable
+from benchmarks.common import Case, Run, measure, usable
+from benchmarks.models import Inputs, Provider, build_model, model_flops, model_inputs, providers
 from benchmarks.shapes import MODELS, Shape
 from realgeneral.adapter import add_lora
 from realgeneral.diffusion import noised, v_loss, v_target

@@ -28,6 +28,7 @@ Run = Callable[[], Any]
 FLUSH_BYTES = 256 * 2**20  # more than any L2 cache, and long enough to hide the next launch
 SECONDS = 10.0  # rounds start within this time, once there are LEAST of them
 LEAST = 5
+OURS = ("reference", "split-sdpa", "triton", "triton-compile")
 
 
 @dataclass
@@ -198,6 +199,23 @@ def warm_up(run: Run, device: torch.device) -> Timed:
     return Timed(peak_mib=(torch.cuda.max_memory_allocated(device) - before) / 2**20, resident_mib=before / 2**20)
 
 
+def usable(runs: Mapping[str, Run]) -> dict[str, Run]:
+    """The runs that work here, each tried once; a peer that does not is named with the reason. Ours must work."""
+    kept = {}
+    for name, run in runs.items():
+        try:
+            run()
+        except Exception as error:  # a peer may raise anything, memory errors included
+            if name.split()[0] in OURS:
+                raise
+            print(f"{name} left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            continue
+        kept[name] = run
+    return kept
+
+
 def gradient_run(outputs: Any, inputs: list[torch.Tensor], upstream: list[torch.Tensor]) -> Run:
     """One backward pass through an existing graph, to all inputs."""
     return lambda: torch.autograd.grad(outputs, inputs, upstream, retain_graph=True)
@@ -214,27 +232,27 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written, of a large copy on this machine: the ceiling of memory-bound ops."""
+    """Bytes per second, read and written, of the best large copy on this machine: the ceiling of memory-bound ops."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**24, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() * source.element_size() / _median_seconds(lambda: target.copy_(source), device)
+    return 2 * source.numel() * source.element_size() / _least_seconds(lambda: target.copy_(source), device)
 
 
 @functools.cache
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a large matrix product on this machine: the ceiling of compute-bound ops."""
+    """FLOP per second of the best large matrix product on this machine: the ceiling of compute-bound ops."""
     size = 8192 if device.type == "cuda" else 512
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / _median_seconds(lambda: left @ right, device)
+    return 2 * size**3 / _least_seconds(lambda: left @ right, device)
 
 
-def _median_seconds(run: Run, device: torch.device) -> float:
+def _least_seconds(run: Run, device: torch.device) -> float:
     timed = {"run": warm_up(run, device)}
     if device.type == "cuda":
         _time_cuda({"run": run}, _rounds(["run"], 20, 20), timed, device)
     else:
         _time_cpu({"run": run}, _rounds(["run"], 10, 10), timed)
-    return statistics.median(timed["run"].times) * 1e-3
+    return min(timed["run"].times) * 1e-3
 
 
 def _ratio(other: str, theirs: list[float], own: list[float]) -> dict[str, Any]:
@@ -343,7 +361,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
     """Rows as lines: provider, milliseconds, rate, share of the ceiling, memory, ratio."""
     lines = []
     for row in rows:
-        rate = f"{row['gb_per_s']:9.1f} GB/s" if row["gb_per_s"] else f"{row['tflop_per_s'] or 0:9.2f} TFLOP/s"
+        rate = f"{row['gb_per_s']:9.1f} GB/s" if row["gb_per_s"] else f"{row['tflop_per_s'] or 0:9.3g} TFLOP/s"
         spread = f"{row['ms_p20']:.3f}..{row['ms_p80']:.3f}"
         name = f"{row['op']} {row['mode']} {row['shape']} {row['dtype']}"
         line = f"{name:58} {row['provider']:16} {row['ms_p50']:9.3f} ms ({spread}) {rate} {row.get('share_of_ceiling', 0):6.1%}"

@@ -22,9 +22,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MARGIN = 10.0  # seconds kept back for ending processes and writing files
+# not a new session: whoever ends ours must reach it. process_group came with Python 3.11
+OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
 WORKERS = 8  # a kernel's compilation takes one core
 OPS = ("bench_adaln.py", "bench_qk_norm_rope.py", "bench_attention.py")
 MODELS = ("bench_block.py", "bench_training_step.py", "bench_generation.py")
@@ -114,7 +117,7 @@ def _process(command: Sequence[str], log: Path, environment: dict[str, str]) -> 
             env=environment,
             stdout=file,
             stderr=subprocess.STDOUT,
-            preexec_fn=os.setpgrp,  # no new session: whoever ends this one's session must reach it
+            **OWN_GROUP,
         )
         try:
             yield process

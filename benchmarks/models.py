@@ -7,8 +7,7 @@ time of a run (`Provider.applied`).
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_attention import block_mask_of
-from benchmarks.common import Run
 from benchmarks.shapes import Shape
 from benchmarks.stock_block import stock_block
 from realgeneral import transformer as model_code
@@ -175,23 +173,6 @@ def flex_attention(shape: Shape, joint: SegmentLayout | None, device: torch.devi
         return o
 
     return attend
-
-
-def usable(runs: Mapping[str, Run]) -> dict[str, Run]:
-    """The runs that work here, each tried once; what does not is named with the reason. Ours must work."""
-    kept = {}
-    for name, run in runs.items():
-        try:
-            run()
-        except (RuntimeError, NotImplementedError) as error:
-            if name.startswith(("triton", "split-sdpa")):
-                raise
-            print(f"{name} left out: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            continue
-        kept[name] = run
-    return kept
 
 
 def block_flops(channels: int, joint: SegmentLayout, rows: tuple[str, ...], keep: tuple[str, ...] | None = None) -> int:

@@ -61,10 +61,14 @@ def test_phases_fit_the_budget_even_if_all_are_cut_off(tmp_path: Path, monkeypat
 
 
 def test_a_phase_is_ended_at_its_limit_with_its_children_and_its_log_stays(tmp_path: Path) -> None:
-    child = f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, *{SLEEP!r}]); print(p.pid, flush=True); p.wait()"
+    child = (
+        f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, *{SLEEP!r}]); print(p.pid, flush=True); p.wait()"
+    )
     session = Session(tmp_path, MARGIN + 3)
     start = time.monotonic()
-    assert session.run("benchmarks", 1.0, [["-c", child], ["-c", "print('quick')"]], [tmp_path / "a", tmp_path / "b"]) == "cut off"
+    assert (
+        session.run("benchmarks", 1.0, [["-c", child], ["-c", "print('quick')"]], [tmp_path / "a", tmp_path / "b"]) == "cut off"
+    )
     assert time.monotonic() - start < 20
     pid = int((tmp_path / "a").read_text().split()[0])
     assert "quick" in (tmp_path / "b").read_text()
@@ -102,7 +106,9 @@ def test_tests_that_cannot_be_collected_are_red(tmp_path: Path) -> None:
 def test_a_red_test_is_seen_among_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failing test, and one that warns, which is no failure: another version of torch may."""
     tests = tmp_path / "test_some.py"
-    tests.write_text("import warnings\ndef test_a():\n    warnings.warn('odd')\ndef test_b():\n    assert False, 'wrong gradient'\n")
+    tests.write_text(
+        "import warnings\ndef test_a():\n    warnings.warn('odd')\ndef test_b():\n    assert False, 'wrong gradient'\n"
+    )
     (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
