@@ -4,9 +4,10 @@ VENV ?= .venv
 LATEST ?= .venv-latest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+QUICK_KERNEL_TESTS := tests/rgkernels -k "segments or (matches_reference and not cpu-float16)"
 SOURCES := rgkernels realgeneral benchmarks tests setup.py
 
-.PHONY: all demo test test-slow test-gpu test-latest venv lint types fmt bench report clean
+.PHONY: all demo test test-slow test-gpu test-latest venv lint types fmt bench gpu gpu-model report clean
 
 all: lint types test
 
@@ -50,8 +51,19 @@ fmt: $(STAMP)
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
+# a broken kernel has no speed
 bench: $(STAMP)
-	$(BIN)/python -m pytest benchmarks --benchmark-enable
+	@$(BIN)/python -m pytest -q -m "not slow" $(QUICK_KERNEL_TESTS) || \
+		{ echo "make bench: the kernel tests are red, so nothing was timed" >&2; exit 1; }
+	$(BIN)/python -m pytest benchmarks
+
+# on a CUDA machine, with its own Python: torch, triton, pytest, numpy; gpu-model also diffusers, peft, transformers.
+# GPU_ARGS="--minutes 20", GPU_ARGS="-- --shape 5b-480x720-b1"
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(GPU_ARGS)
+
+gpu-model:
+	$(PYTHON) -m benchmarks.gpu --models $(GPU_ARGS)
 
 report: $(STAMP)
 	$(BIN)/python -m benchmarks.report $(ROWS)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rgkernels
-from benchmarks.common import Case, Run, compiled, gradient_run, measure
+from benchmarks.common import Case, Run, compiled, gradient_run, measure, usable
 from benchmarks.shapes import Shape
 from rgkernels.reference import per_token
 
@@ -72,14 +72,26 @@ def flash_attn() -> Site:
     return with_layer_norm(lambda x, weight, bias, eps: layer_norm_fn(x, weight, bias, eps=eps))
 
 
-def providers(device: torch.device) -> dict[str, Site]:
+def quack() -> Site:
+    """The LayerNorm kernel of quack: forward only, float32 parameters, rows of a matrix."""
+    from quack.rmsnorm import layernorm_fwd
+
+    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        y: Tensor = layernorm_fwd(x.reshape(-1, x.shape[-1]), weight.float(), bias.float(), eps)
+        return y.view(x.shape)
+
+    return with_layer_norm(layer_norm)
+
+
+def providers(device: torch.device, mode: str) -> dict[str, Site]:
     """What can run here; optional peers are left out where they do not import."""
     eager = with_layer_norm(lambda x, weight, bias, eps: F.layer_norm(x, x.shape[-1:], weight, bias, eps))
     found: dict[str, Site] = {"eager": eager, "reference": reference}
     if device.type != "cuda":
         return found
     found |= {"compile": compiled(reference), "triton": triton}
-    for name, peer in (("liger", liger), ("flash-attn", flash_attn)):
+    peers = {"liger": liger, "flash-attn": flash_attn} | ({"quack": quack} if mode == "forward" else {})
+    for name, peer in peers.items():
         try:
             found[name] = peer()
         except ImportError:
@@ -110,6 +122,6 @@ def test_gate_residual_adaln(
     values = inputs(shape, dtype, device)
     moved = VECTORS[mode] * values["residual"].numel() * values["residual"].element_size()
     case = Case("segment_gate_residual_adaln", mode, shape.name, dtype, bytes=moved)
-    rows = measure(case, runs(providers(device), values, mode), device)
+    rows = measure(case, usable(runs(providers(device, mode), values, mode)), device)
     report(rows)
     assert all(row["ms_p50"] > 0 for row in rows)

@@ -1,4 +1,4 @@
-"""Segment attention against split SDPA on each backend, a dense mask, compiled FlexAttention, flash-attn, and unmasked kernels.
+"""Segment attention against split SDPA on each backend, a dense mask, compiled FlexAttention, peers, and unmasked kernels.
 
     pytest benchmarks/bench_attention.py --shape 5b-480x720-b1 --rows outputs/benchmarks.jsonl
     python -m benchmarks.bench_attention outputs/benchmarks.jsonl outputs/attention     a plot per mode from the rows
@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.common import Case, Run, gradient_run, measure
-from benchmarks.shapes import Shape
+from benchmarks.common import OURS, Case, Run, gradient_run, measure
+from benchmarks.common import usable as usable_runs
+from benchmarks.shapes import ATTENTION, Shape
 from rgkernels import SegmentLayout, segment_attention
 
 BACKENDS = {
@@ -86,16 +87,22 @@ def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout) -> Tenso
 @functools.lru_cache(maxsize=1)
 def block_mask(layout: SegmentLayout, device: torch.device) -> Any:
     """FlexAttention's plan, built outside the timed region."""
+    return block_mask_of(layout, layout.names, device)
+
+
+def block_mask_of(layout: SegmentLayout, queries: tuple[str, ...], device: torch.device) -> Any:
+    """The plan for the rows of some segments over all keys."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    lengths = torch.tensor(layout.lengths, device=device)
-    segment = torch.repeat_interleave(torch.arange(layout.num_segments, device=device), lengths)
+    index = [layout.index(name) for name in queries]
+    rows = torch.repeat_interleave(torch.tensor(index), torch.tensor([layout.lengths[i] for i in index])).to(device)
+    keys = torch.repeat_interleave(torch.arange(layout.num_segments), torch.tensor(layout.lengths)).to(device)
     visible = torch.tensor([[layout.visible(a, b) for b in layout.names] for a in layout.names], device=device)
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return visible[segment[i], segment[j]]
+        return visible[rows[i], keys[j]]
 
-    return create_block_mask(mask_mod, None, None, layout.seq_len, layout.seq_len, device=device)
+    return create_block_mask(mask_mod, None, None, len(rows), len(keys), device=device)
 
 
 @functools.cache
@@ -105,13 +112,25 @@ def compiled_flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     config.donated_buffer = False
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout) -> Tensor:
     """Compiled FlexAttention with a block mask."""
     o: Tensor = compiled_flex()(q, k, v, block_mask=block_mask(layout, q.device))
     return o
+
+
+def xformers(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout) -> Tensor:
+    """One unmasked call per query segment into xformers, which takes [B, S, H, D]."""
+    from xformers.ops import memory_efficient_attention
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    outputs = []
+    for name, rows in zip(layout.names, q.split(layout.lengths, dim=1), strict=True):
+        keys, values = (torch.cat([x[:, a:b] for a, b in layout.key_ranges(name)], dim=1) for x in (k, v))
+        outputs.append(memory_efficient_attention(rows, keys, values))
+    return torch.cat(outputs, dim=1).transpose(1, 2)
 
 
 def candidates(device: torch.device) -> dict[str, Op]:
@@ -122,6 +141,7 @@ def candidates(device: torch.device) -> dict[str, Op]:
     found["triton"] = functools.partial(own, impl="triton")
     found["flex"] = flex
     found["flash-attn"] = functools.partial(own, impl="flash-attn")
+    found["xformers"] = xformers
     for name, backend in BACKENDS.items():
         found[f"sdpa-split-{name}"] = functools.partial(split_sdpa, backend=backend)
     found["triton-unmasked"] = own_unmasked
@@ -138,6 +158,8 @@ def usable(ops: dict[str, Op], qkv: list[Tensor], layout: SegmentLayout) -> tupl
             with torch.no_grad():
                 o = op(*qkv, layout).float()
         except (RuntimeError, ImportError, NotImplementedError) as error:
+            if name.startswith(OURS):
+                raise
             print(f"{name} left out: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
         kept[name] = op
@@ -154,6 +176,7 @@ def runs(ops: dict[str, Op], qkv: list[Tensor], layout: SegmentLayout, mode: str
     return {name: gradient_run([op(*qkv, layout)], qkv, upstream) for name, op in ops.items()}
 
 
+@pytest.mark.shapes(ATTENTION)
 @pytest.mark.parametrize("mode", FACTOR)
 def test_segment_attention(
     shape: Shape, mode: str, device: torch.device, report: Callable[[list[dict[str, Any]]], None]
@@ -163,7 +186,7 @@ def test_segment_attention(
     qkv = inputs(shape, dtype, device)
     ops, errors = usable(candidates(device), qkv, shape.layout)
     case = Case("segment_attention", mode, shape.name, dtype, flops=flops(shape, mode))
-    rows = measure(case, runs(ops, qkv, shape.layout, mode), device)
+    rows = measure(case, usable_runs(runs(ops, qkv, shape.layout, mode)), device)
     more_work = flops(shape, mode, masked=False) / flops(shape, mode)
     for row in rows:
         row |= {"seq_len": shape.seq_len, "relative_error": errors.get(row["provider"])}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rgkernels
-from benchmarks.common import Case, Run, compiled, gradient_run, measure
+from benchmarks.common import Case, Run, compiled, gradient_run, measure, usable
 from benchmarks.shapes import Shape
 
 # passes over [B, S, C]: forward reads q, k and writes both; backward reads q, k and two upstream gradients and writes both
@@ -81,14 +81,26 @@ def flash_attn() -> Op:
     return with_layer_norm(lambda x, weight, bias, eps: layer_norm_fn(x.contiguous(), weight, bias, eps=eps))
 
 
-def providers(device: torch.device) -> dict[str, Op]:
+def quack() -> Op:
+    """The LayerNorm kernel of quack: forward only, float32 parameters, rows of a matrix; rotation in PyTorch."""
+    from quack.rmsnorm import layernorm_fwd
+
+    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        y: Tensor = layernorm_fwd(x.reshape(-1, x.shape[-1]), weight.float(), bias.float(), eps)
+        return y.view(x.shape)
+
+    return with_layer_norm(layer_norm)
+
+
+def providers(device: torch.device, mode: str) -> dict[str, Op]:
     """What can run here; optional peers are left out where they do not import."""
     eager = with_layer_norm(lambda x, weight, bias, eps: F.layer_norm(x, x.shape[-1:], weight, bias, eps))
     found: dict[str, Op] = {"eager": eager, "reference": reference}
     if device.type != "cuda":
         return found
     found |= {"compile": compiled(reference), "triton": triton}
-    for name, peer in (("liger", liger), ("flash-attn", flash_attn)):
+    peers = {"liger": liger, "flash-attn": flash_attn} | ({"quack": quack} if mode == "forward" else {})
+    for name, peer in peers.items():
         try:
             found[name] = peer()
         except ImportError:
@@ -111,6 +123,6 @@ def test_qk_norm_rope(shape: Shape, mode: str, device: torch.device, report: Cal
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     values = inputs(shape, dtype, device)
     case = Case("qk_norm_rope", mode, shape.name, dtype, bytes=bytes_moved(values, mode))
-    rows = measure(case, runs(providers(device), values, mode), device)
+    rows = measure(case, usable(runs(providers(device, mode), values, mode)), device)
     report(rows)
     assert all(row["ms_p50"] > 0 for row in rows)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.common import default_device, summary, write_rows
+from benchmarks.common import default_device, leave_default_stream, summary, write_rows
+from benchmarks.shapes import OPS, SHAPES, Shape
 
 ROWS = Path("outputs") / "benchmarks.jsonl"
 _SHOWN = pytest.StashKey[list[dict[str, Any]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Where the rows go, and which shapes run."""
+    """Where the rows go, and what runs."""
     parser.addoption("--rows", type=Path, default=ROWS, metavar="FILE", help=f"append JSONL rows to FILE (default: {ROWS})")
     parser.addoption("--shape", action="append", default=[], metavar="NAME", help="run this shape of benchmarks/shapes.py")
+    parser.addoption("--provider", action="append", default=[], metavar="NAME", help="models: run this provider only")
+    parser.addoption("--layers", type=int, metavar="N", help="models: transformer blocks (default: all of the geometry)")
+    parser.addoption("--steps", type=int, metavar="N", help="generation: denoising steps (default: 50, shape mid 10)")
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
@@ -32,18 +37,42 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One case per shape: those of the command line, else the device's defaults."""
-    from benchmarks.shapes import SHAPES, default_names
+    """One case per shape: those of the command line, else the benchmark's defaults for the device."""
+    if "shape" not in metafunc.fixturenames:
+        return
+    mark = metafunc.definition.get_closest_marker("shapes")
+    names = metafunc.config.getoption("--shape") or (mark.args[0] if mark else OPS)[default_device().type]
+    if unknown := [name for name in names if name not in SHAPES]:
+        raise pytest.UsageError(f"--shape must be one of {list(SHAPES)}, got {unknown[0]}")
+    metafunc.parametrize("shape", [SHAPES[name] for name in names], ids=names)
 
-    if "shape" in metafunc.fixturenames:
-        names = metafunc.config.getoption("--shape") or default_names(default_device())
-        metafunc.parametrize("shape", [SHAPES[name] for name in names], ids=names)
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All benchmarks at their first shape, then all at their second: a run that is cut off leaves what matters most."""
+    ranks: dict[str, dict[str, int]] = {}
+
+    def rank(item: pytest.Item) -> int:
+        shape = item.callspec.params.get("shape") if hasattr(item, "callspec") else None
+        own = ranks.setdefault(item.nodeid.partition("[")[0], {})
+        return own.setdefault(shape.name, len(own)) if isinstance(shape, Shape) else 0
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The current CUDA device, or the CPU."""
-    return default_device()
+    device = default_device()
+    leave_default_stream(device)
+    return device
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code() -> Iterator[None]:
+    # each shape compiles anew; what is left of others only adds up to the recompile limit and to the memory
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @pytest.fixture

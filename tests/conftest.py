@@ -18,6 +18,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# looks the factory functions up, once: they must be the originals, not those of `_poison`, or "meta" would allocate memory
+with torch.device("meta"):
+    torch.empty(0)
+
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

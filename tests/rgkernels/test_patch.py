@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+
+pytest.importorskip("diffusers")
 from checkpoints import GEOMETRIES, TEXT_WINDOW, save_checkpoint, tiny_transformer
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
