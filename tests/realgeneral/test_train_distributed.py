@@ -261,7 +261,7 @@ def test_full_disk_stops_both(config: Callable[..., TrainConfig]) -> None:
 # --- usage ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_launched_by_torchrun(config: Callable[..., TrainConfig], engine: str) -> None:
     """The documented launch line; one summary, one log."""
     made = config(steps=2)
