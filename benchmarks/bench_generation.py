@@ -50,7 +50,7 @@ def sampler(model: Any) -> RealGeneralPipeline:
     )
     pipe = RealGeneralPipeline(None, None, None, model, scheduler)
     pipe.set_progress_bar_config(disable=True)
-    pipe._guidance_scale, pipe._interrupt = GUIDANCE, False
+    pipe._guidance_scale, pipe._interrupt, pipe._attention_kwargs = GUIDANCE, False, None
     return pipe
 
 
@@ -60,8 +60,8 @@ def generation_run(provider: Provider, pipe: RealGeneralPipeline, inputs: Inputs
 
     def run() -> Tensor:
         with provider.applied(model), torch.no_grad():
-            known = {"condition_cache": model.encode_condition(*conditions.values())} if cached else conditions
-            return pipe._denoise_loop(inputs.target, inputs.text, known, steps, None, None, ())
+            cache = model.encode_condition(**conditions) if cached else None
+            return pipe._denoise_loop(inputs.target, inputs.text, {} if cached else conditions, cache, steps, None, None, ())
 
     return run
 
