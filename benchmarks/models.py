@@ -18,7 +18,6 @@ from torch import Tensor
 from benchmarks.bench_attention import block_mask_of
 from benchmarks.shapes import Shape
 from benchmarks.stock_block import stock_block
-from realgeneral import transformer as model_code
 from realgeneral.layout import get_preset, joint_layout, sublayout
 from realgeneral.transformer import RealGeneralTransformer3DModel
 from rgkernels import SegmentLayout, cogvideox
@@ -118,7 +117,7 @@ class Provider:
     @contextlib.contextmanager
     def applied(self, model: RealGeneralTransformer3DModel | None = None) -> Iterator[Callable[..., Any]]:
         """Run models this way inside the block; backward passes with checkpointing belong inside as well."""
-        block = mock.patch.object(model_code, "block_forward", self.block)
+        block = mock.patch.object(RealGeneralTransformer3DModel, "run_block", staticmethod(self.block))
         attention = mock.patch.object(cogvideox, "segment_attention", self.attention)
         impl = mock.patch.object(model, "impl", self.impl) if model is not None else contextlib.nullcontext()
         with block, attention, impl:

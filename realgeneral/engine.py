@@ -146,7 +146,8 @@ def shard(transformer: RealGeneralTransformer3DModel, device: torch.device) -> R
         block.joint_forward = MethodType(block_forward, block)  # type: ignore[assignment]
         register_fsdp_forward_method(block, "joint_forward")
     unit(transformer)
-    register_fsdp_forward_method(transformer, "encode_condition")
+    for method in ("encode_condition", "embed"):
+        register_fsdp_forward_method(transformer, method)
     transformer.run_block = _joint_forward  # type: ignore[method-assign]
     return transformer
 
