@@ -65,6 +65,10 @@ def start_or_resume(config: TrainConfig, output: Path, processes: int = 1) -> Pa
         raise UsageError(f"output must be a new folder, got {output} which holds {found[-1].name}; add --resume to continue it")
     state = _read_state(found[-1])
     check_resumable(state["config"], config)
+    if "samples_per_step" not in state:
+        raise UsageError(
+            f"output must hold a run of this version, got {found[-1].name} of an earlier one, which drew other noise"
+        )
     samples = samples_per_step(config, processes)
     if state["samples_per_step"] != samples:
         raise UsageError(

@@ -149,6 +149,9 @@ def save_pipeline(pipeline: CogVideoXPipeline, folder: Path) -> None:
     tmp, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
     shutil.rmtree(tmp, ignore_errors=True)
     parts = dict(pipeline.components)
+    # Sampling leaves its padding in the tokenizer.
+    pipeline.tokenizer.backend_tokenizer.no_padding()
+    pipeline.tokenizer.backend_tokenizer.no_truncation()
     for name in ("vae", "text_encoder", "transformer"):
         parts[name] = copy.deepcopy(parts[name]).half()
     # diffusers and transformers would record the folder a part was loaded from.

@@ -340,6 +340,17 @@ def test_changed_setting_on_resume(config: Callable[..., TrainConfig], change: d
         train(config(steps=2, resume=True, **change))
 
 
+def test_checkpoint_of_an_earlier_version(config: Callable[..., TrainConfig]) -> None:
+    """A state without what this version needs is refused in one line."""
+    train(config(steps=2))
+    state = Path(config().output) / "checkpoints" / "step-000002" / checkpoint.STATE_FILE
+    old = torch.load(state, weights_only=True)
+    del old["samples_per_step"]
+    torch.save(old, state)
+    with pytest.raises(UsageError, match=r"output must hold a run of this version, got step-000002 of an earlier one"):
+        train(config(steps=2, resume=True))
+
+
 def test_settings_that_may_change_on_resume(config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     """How often to save, sample and log, workers, checkpointing: free, and the result is the same."""
     train(config("whole"))
