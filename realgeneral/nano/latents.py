@@ -57,6 +57,8 @@ STYLE_PAIRS = {
     ("flat", "high_contrast"): 0.06,
 }
 SHARES = {"style": 0.40, "derived": 0.35, "motion": 0.25}
+# Of the derived pictures: edges give the least, and need the most practice.
+KIND_SHARES = {"canny": 0.32, "edges": 0.17, "grey": 0.17, "blur": 0.17, "mask": 0.17}
 # Share of captions that describe the last frame alone, as a prompt of the conditional tasks does.
 LAST_FRAME_CAPTIONS = 0.4
 
@@ -182,7 +184,7 @@ class ClipSource:
             return _change(*ends, frames)
         if kind == "derived":
             style = str(rng.choice(COLOUR_STYLES))
-            version = str(rng.choice(KINDS))
+            version = str(rng.choice(list(KIND_SHARES), p=list(KIND_SHARES.values())))
             ends = (derived_entry(style, version), KIND_WORDS[version]), (still_entry(style), STYLE_WORDS[style])
             # Most clips restore the picture: that is the direction of the conditional tasks.
             return _change(*ends, frames) if rng.random() < 0.75 else _change(ends[1], ends[0], frames)
