@@ -11,10 +11,8 @@ error against float32 reference values, because a backend can be fast by ignorin
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -195,33 +193,3 @@ def test_segment_attention(
             row["share_of_ceiling"] *= more_work
     report(rows)
     assert all(row["ms_p50"] > 0 for row in rows)
-
-
-def plot(rows: list[dict[str, Any]], mode: str, path: Path) -> None:
-    """TFLOP/s over sequence length, a line per provider, unmasked kernels dashed; the newest row of each point counts."""
-    from matplotlib.figure import Figure
-
-    points: dict[str, dict[int, float]] = {}
-    for row in rows:
-        if row["op"] == "segment_attention" and row["mode"] == mode:
-            points.setdefault(row["provider"], {})[row["seq_len"]] = row["tflop_per_s"]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for provider, line in sorted(points.items()):
-        style = "--" if provider.endswith("-unmasked") else "-"
-        axes.plot(*zip(*sorted(line.items()), strict=True), style, marker="o", label=provider)
-    axes.set(xlabel="sequence length", ylabel="TFLOP/s", title=f"segment attention, {mode}", xscale="log", ylim=(0, None))
-    axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
-def main(source: str, target: str) -> None:
-    """Plot both modes of a JSONL file."""
-    rows = [json.loads(line) for line in Path(source).read_text().splitlines()]
-    for mode in FACTOR:
-        plot(rows, mode, Path(f"{target}-{mode}.png"))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

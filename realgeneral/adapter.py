@@ -37,11 +37,6 @@ CONDITION_FILE = "realgeneral.safetensors"
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 # rounding to bfloat16 moves a mean magnitude by 1e-5, fine-tuning by less than this; another training by percents
 SIGNATURE_TOLERANCE = 5e-3
-ABLATIONS: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "shared-adaln": ("condition_adaln.",),
-    "no-embedding": ("condition_embedding.",),
-}
 GEOMETRY_KEYS = (
     "num_layers",
     "num_attention_heads",
@@ -179,17 +174,6 @@ def mark_trainable(transformer: RealGeneralTransformer3DModel) -> list[nn.Parame
             parameter.data = parameter.data.float()
             trainable.append(parameter)
     return trainable
-
-
-def freeze_for_ablation(transformer: RealGeneralTransformer3DModel, ablation: str) -> None:
-    """Leave a part of a fresh condition branch as it starts; "none" leaves nothing.
-
-    "shared-adaln": the condition keeps the modulation of the target, the video rows of the stock linears, at its own timestep:
-    two branches in all. "no-embedding": nothing is added to the condition's tokens.
-    """
-    for name, parameter in transformer.named_parameters():
-        if name.startswith(ABLATIONS[ablation]):
-            parameter.requires_grad_(False)
 
 
 def adapter_info(transformer: RealGeneralTransformer3DModel, tasks: Sequence[str], base: str) -> AdapterInfo:

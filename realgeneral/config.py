@@ -35,19 +35,31 @@ BUCKETS_HELP = (
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """LoRA training of a RealGeneral adapter on a frozen CogVideoX, nano or real."""
+class DataSettings:
+    """What `check-data`, `precompute` and `train` are asked of their data in the same words."""
 
     base: str = _opt('CogVideoX checkpoint (folder or hub id), or "nano"', "nano")
     data: str = _opt(DATA_HELP, "nano")
     columns: list[str] = _opt(COLUMNS_HELP, many=())
     tasks: list[str] = _opt('task specs such as canny or "deblurring:radius=16"; rows that name a task use it', many=())
-    task_weights: list[float] = _opt("relative frequency of each task; default: equal", many=())
-    output: str = _opt("folder for checkpoints, samples, logs and the final adapter", "outputs/train")
-    preset: Literal["paper", "cached", "open"] = _opt("how condition tokens take part", "cached")
     height: int = _opt("pixels; 0 = the base's own size", 0)
     width: int = _opt("pixels; 0 = the base's own size", 0)
     buckets: list[str] = _opt(BUCKETS_HELP, many=())
+    num_workers: int = _opt("data-loading processes; 0 = in this one", 0)
+    debug: bool = _opt("show the traceback of an error", False)
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise UsageError(f"num_workers must not be negative, got {self.num_workers}")
+
+
+@dataclass(frozen=True)
+class TrainConfig(DataSettings):
+    """LoRA training of a RealGeneral adapter on a frozen CogVideoX, nano or real."""
+
+    task_weights: list[float] = _opt("relative frequency of each task; default: equal", many=())
+    output: str = _opt("folder for checkpoints, samples, logs and the final adapter", "outputs/train")
+    preset: Literal["paper", "cached", "open"] = _opt("how condition tokens take part", "cached")
     precomputed: str = _opt("folder of realgeneral precompute: VAE and text encoder are not loaded", "")
     variants: int = _opt("draws per row of what is random (the hole of inpainting); 0 = a new one each time", 0)
     rank: int = _opt("LoRA rank", 64)
@@ -89,14 +101,13 @@ class TrainConfig:
     sample_steps: int = _opt("denoising steps of a sample", 20)
     guidance_scale: float = _opt("guidance of a sample", 3.0)
     log_every: int = _opt("steps between log rows", 10)
-    num_workers: int = _opt("data-loading processes", 0)
     resume: bool = _opt("continue from the newest checkpoint in --output, if there is one", False)
     strict: bool = _opt("stop at the first bad row instead of skipping it", False)
     tracker: Literal["none", "tensorboard", "wandb"] = _opt("where the curves go besides metrics.jsonl", "none")
     tensorboard: bool = _opt("the same as --tracker tensorboard", False)
-    debug: bool = _opt("show the traceback of an error", False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.gradient_checkpointing, bool):  # it was a switch once
             object.__setattr__(self, "gradient_checkpointing", "full" if self.gradient_checkpointing else "none")
         if self.tensorboard and self.tracker not in ("none", "tensorboard"):
@@ -109,7 +120,7 @@ class TrainConfig:
         for name in ("text_dropout", "condition_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
-        for name in "variants num_workers sample_count sample_every warmup_steps weight_decay alpha seed".split():
+        for name in "variants sample_count sample_every warmup_steps weight_decay alpha seed".split():
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must not be negative, got {getattr(self, name)}")
         _check_at_least_one(self, "sample_steps")
@@ -235,49 +246,31 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class PrecomputeConfig:
+class PrecomputeConfig(DataSettings):
     """Encode the pictures and prompts of a data set once, for training with --precomputed."""
 
-    base: str = _opt('CogVideoX checkpoint (folder or hub id), or "nano"', "nano")
-    data: str = _opt(DATA_HELP, "nano")
-    columns: list[str] = _opt(COLUMNS_HELP, many=())
-    tasks: list[str] = _opt("as in training", many=())
     output: str = _opt("folder of the store; entries that are there already are kept", "outputs/precomputed")
-    height: int = _opt("pixels; 0 = the base's own size", 0)
-    width: int = _opt("pixels; 0 = the base's own size", 0)
-    buckets: list[str] = _opt(BUCKETS_HELP, many=())
     variants: int = _opt("draws per row of what is random (the hole of inpainting)", 4)
     mixed_precision: Literal["no", "bf16"] = _opt("as in training", "no")
     shard: str = _opt('this process\' part, "i/n" from 0; default: RANK and WORLD_SIZE as torchrun sets them', "")
     shard_megabytes: int = _opt("size of a file", 256)
-    num_workers: int = _opt("data-loading processes", 0)
     strict: bool = _opt("stop at the first bad row instead of noting it", False)
-    debug: bool = _opt("show the traceback of an error", False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_at_least_one(self, "variants", "shard_megabytes")
         if self.num_workers < 0:
             raise UsageError(f"num_workers must not be negative, got {self.num_workers}")
 
 
 @dataclass(frozen=True)
-class CheckDataConfig:
+class CheckDataConfig(DataSettings):
     """Read a whole data set and report what training would meet; exit status 1 if a row is bad."""
 
-    data: str = _opt(DATA_HELP, "nano")
-    columns: list[str] = _opt(COLUMNS_HELP, many=())
-    base: str = _opt("checkpoint whose sizes and text window the data must fit", "nano")
-    tasks: list[str] = _opt("as in training", many=())
-    height: int = _opt("pixels; 0 = the base's own size", 0)
-    width: int = _opt("pixels; 0 = the base's own size", 0)
-    buckets: list[str] = _opt(BUCKETS_HELP, many=())
     batch_size: int = _opt("as in training: rows that fill up the last batch of a bucket are counted", 8)
     headers_only: bool = _opt("do not decode the pictures: much faster, but a truncated one is not found", False)
-    num_workers: int = _opt("processes; 0 = in this one", 0)
     report: str = _opt("also write the report as JSON", "")
-    debug: bool = _opt("show the traceback of an error", False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_at_least_one(self, "batch_size")
-        if self.num_workers < 0:
-            raise UsageError(f"num_workers must not be negative, got {self.num_workers}")

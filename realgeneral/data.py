@@ -24,23 +24,9 @@ from realgeneral.buckets import OneSize, Order, Size
 from realgeneral.embedding import subject_span_mask
 from realgeneral.errors import Failure
 from realgeneral.pictures import fit_picture, to_pixels
-from realgeneral.records import Picture, Record, Row, Source
-from realgeneral.sources import open_source
+from realgeneral.records import Picture, Record, Source
 from realgeneral.store import Store, StoreFailure
 from realgeneral.tasks import Task, get_task
-
-__all__ = [
-    "Fitted",
-    "PairDataset",
-    "Part",
-    "Row",
-    "RunSampler",
-    "Sample",
-    "Source",
-    "TextCheck",
-    "open_source",
-    "variant_seed",
-]
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
 from realgeneral.bases import fingerprints
 from realgeneral.buckets import NEWER_SIDES, Bucketed, OneSize, Order, Size, bucket_sizes, read_shapes
-from realgeneral.config import TrainConfig
+from realgeneral.config import DataSettings, TrainConfig
 from realgeneral.data import PairDataset, TextCheck
 from realgeneral.errors import UsageError
 from realgeneral.objective import StoredTexts, TextCache, Texts
@@ -17,19 +16,6 @@ from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.records import Source
 from realgeneral.store import Store
 from realgeneral.tasks import DEFAULT_TASKS, get_task
-
-
-class SizeSettings(Protocol):
-    """The settings of every command that reads training data."""
-
-    @property
-    def height(self) -> int: ...  # noqa: D102
-
-    @property
-    def width(self) -> int: ...  # noqa: D102
-
-    @property
-    def buckets(self) -> list[str]: ...  # noqa: D102
 
 
 def run_tasks(specs: Sequence[str], data: str) -> list[str]:
@@ -49,13 +35,13 @@ def run_tasks(specs: Sequence[str], data: str) -> list[str]:
     return [task.spec for task in tasks]
 
 
-def picture_size(config: SizeSettings, pipe: RealGeneralPipeline) -> Size:
+def picture_size(config: DataSettings, pipe: RealGeneralPipeline) -> Size:
     """(width, height) in pixels, checked against the geometry."""
     height, width = pipe._size(config.height or None, config.width or None)
     return width, height
 
 
-def run_buckets(config: SizeSettings, pipe: RealGeneralPipeline) -> tuple[Size, ...]:
+def run_buckets(config: DataSettings, pipe: RealGeneralPipeline) -> tuple[Size, ...]:
     """The buckets of a run; none without `--buckets`."""
     geometry = pipe.transformer.config
     limit = None
@@ -68,7 +54,7 @@ def run_buckets(config: SizeSettings, pipe: RealGeneralPipeline) -> tuple[Size, 
     return bucket_sizes(config.buckets, size, pipe.size_multiple, limit)
 
 
-def run_order(config: SizeSettings, pipe: RealGeneralPipeline, source: Source, batch_size: int, seed: int) -> Order:
+def run_order(config: DataSettings, pipe: RealGeneralPipeline, source: Source, batch_size: int, seed: int) -> Order:
     """One size, or buckets."""
     sizes = run_buckets(config, pipe)
     if sizes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from realgeneral.adapter import AdapterInfo, adapter_info, add_lora, freeze_for_ablation, load_adapter, mark_trainable
+from realgeneral.adapter import AdapterInfo, adapter_info, add_lora, load_adapter, mark_trainable
 from realgeneral.bases import load_pipeline, load_without_encoders
 from realgeneral.config import TrainConfig
 from realgeneral.errors import UsageError
@@ -14,6 +14,12 @@ from realgeneral.loading import run_tasks
 from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
 from realgeneral.recompute import checkpointing
 from realgeneral.tasks import get_task
+
+ABLATIONS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "shared-adaln": ("condition_adaln.",),
+    "no-embedding": ("condition_embedding.",),
+}
 
 
 def load_models(config: TrainConfig, device: torch.device) -> tuple[RealGeneralPipeline, AdapterInfo]:
@@ -55,7 +61,7 @@ def _realign(pipe: RealGeneralPipeline) -> None:
 
 
 def _fresh_adapter(config: TrainConfig, pipe: RealGeneralPipeline) -> list[str]:
-    tasks = task_specs(config)
+    tasks = run_tasks(config.tasks, config.data)
     pipe.transformer.configure_condition([get_task(spec).name for spec in tasks], config.preset)
     torch.manual_seed(config.seed)
     add_lora(pipe.transformer, config.rank, config.alpha or None, config.lora_targets)
@@ -69,12 +75,18 @@ def _start_from_adapter(config: TrainConfig, pipe: RealGeneralPipeline) -> list[
             f"rank and alpha must be those of the adapter to start from, {info.rank} and {info.alpha:g}, "
             f"got {config.rank} and {config.alpha or config.rank:g}"
         )
-    tasks = task_specs(config) if config.tasks else list(info.tasks)
+    tasks = run_tasks(config.tasks, config.data) if config.tasks else list(info.tasks)
     if tuple(get_task(spec).name for spec in tasks) != info.task_names:
         raise UsageError(f"tasks must be those of the adapter to start from, {list(info.task_names)}, got {tasks}")
     return tasks
 
 
-def task_specs(config: TrainConfig) -> list[str]:
-    """The tasks of a run."""
-    return run_tasks(config.tasks, config.data)
+def freeze_for_ablation(transformer: nn.Module, ablation: str) -> None:
+    """Leave a part of a fresh condition branch as it starts; "none" leaves nothing.
+
+    "shared-adaln": the condition keeps the modulation of the target, the video rows of the stock linears, at its own timestep:
+    two branches in all. "no-embedding": nothing is added to the condition's tokens.
+    """
+    for name, parameter in transformer.named_parameters():
+        if name.startswith(ABLATIONS[ablation]):
+            parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Latents to tokens and back, for one image per frame index; also what sizes a transformer takes."""
+"""Latents to tokens and back, for one image per frame index."""
 
 from __future__ import annotations
 
@@ -41,29 +41,3 @@ def unpatchify(geometry: Geometry, tokens: Tensor, shape: torch.Size) -> Tensor:
     p, p_t = geometry.patch_size, geometry.frames_per_image
     patches = tokens.reshape(shape[0], -1, rows, columns, shape[2], p_t, p, p)
     return patches.permute(0, 1, 5, 4, 2, 6, 3, 7).reshape(shape)
-
-
-def check_base(config: Any) -> None:
-    """ValueError unless a transformer's config is that of a text-to-video CogVideoX."""
-    if config.in_channels != config.out_channels or config.ofs_embed_dim or config.use_learned_positional_embeddings:
-        raise ValueError(
-            "the base must be a text-to-video CogVideoX (in_channels = out_channels, no ofs_embed_dim, no learned positions), "
-            f"got in_channels {config.in_channels}, out_channels {config.out_channels}, ofs_embed_dim {config.ofs_embed_dim}, "
-            f"use_learned_positional_embeddings {config.use_learned_positional_embeddings}"
-        )
-
-
-def check_target(latents: Tensor, geometry: Geometry, channels: int) -> tuple[int, int]:
-    """Token grid of the target's latents; ValueError if their shape does not fit."""
-    frames = geometry.frames_per_image
-    if latents.dim() != 5 or latents.shape[1] != frames or latents.shape[2] != channels:
-        raise ValueError(f"hidden_states must have shape [B, {frames}, {channels}, h, w], got {list(latents.shape)}")
-    return geometry.grid(latents.shape[-2], latents.shape[-1])
-
-
-def check_conditions(latents: Tensor, target: torch.Size) -> None:
-    """ValueError unless condition latents are [B, K >= 1, C, h, w] for a target of shape [B, F, C, h, w]."""
-    (batch, *_), rest = target, list(target[2:])
-    if latents.dim() != 5 or not latents.shape[1] or [latents.shape[0], *latents.shape[2:]] != [batch, *rest]:
-        expected = f"[B, K, C, h, w] = [{batch}, K >= 1, {', '.join(map(str, rest))}]"
-        raise ValueError(f"condition_latents must have shape {expected}, got {list(latents.shape)}")

@@ -31,7 +31,7 @@ from realgeneral.engine import Engine, Stop
 from realgeneral.errors import Failure
 from realgeneral.loading import training_dataset, training_texts
 from realgeneral.memory import MemoryBudget, StepShape, memory_budget, used_bytes
-from realgeneral.models import load_models, task_specs
+from realgeneral.models import load_models
 from realgeneral.objective import Batch, Draws, Texts, collate, training_loss
 from realgeneral.optimizers import learning_rate_factor, make_optimizer
 from realgeneral.pictures import save_picture
@@ -40,8 +40,6 @@ from realgeneral.records import Source
 from realgeneral.samples import sample_grid
 from realgeneral.sources import open_source
 from realgeneral.tracking import MetricsLog, StepRecord, check_tracker
-
-__all__ = ["learning_rate_factor", "load_models", "task_specs", "train"]
 
 
 @dataclass

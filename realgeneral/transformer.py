@@ -22,10 +22,11 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from realgeneral.checks import check_base, check_conditions, check_joint, check_target
 from realgeneral.condition import ConditionAdaLN, ConditionCache, Site, norm_sites
 from realgeneral.embedding import Embedded, UnifiedConditionEmbedding
 from realgeneral.layout import Geometry, condition_names, get_preset, joint_layout, sublayout
-from realgeneral.patches import check_base, check_conditions, check_target, image_tokens, unpatchify
+from realgeneral.patches import image_tokens, unpatchify
 from realgeneral.tasks import DEFAULT_TASKS
 from rgkernels.cogvideox import (
     KeyValue,
@@ -319,7 +320,8 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
             check_conditions(condition_latents, latents.shape)
         if not isinstance(text, Embedded):
             text = self._embed(text, condition_latents, task_ids, subject_embeds)
-        conditions = self._check_joint(latents, text, cache)
+        preset = get_preset(self.config.preset)
+        conditions = check_joint(latents, text, cache, self.geometry, self.config.in_channels, preset)
         return self._denoise(latents, text, timestep, timestep_cond, cache, conditions)
 
     def _denoise(
@@ -342,7 +344,7 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
         if cache is None:
             assert embedded.condition is not None
             copies = latents.shape[0] // embedded.condition.shape[0]
-            tokens.append(embedded.condition.repeat(copies, 1, 1))
+            tokens.append(embedded.condition if copies == 1 else embedded.condition.repeat(copies, 1, 1))
             rows, frames = joint, (conditions, *range(conditions))
             condition_temb = (
                 self._time_embedding(torch.zeros_like(timestep), latents.dtype) if preset.condition_time_zero else temb
@@ -405,22 +407,3 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
     def _rotary(self, height: int, width: int, frames: tuple[int, ...], device: torch.device, start: int) -> Rotary:
         cos, sin = self.geometry.rotary_tables(height, width, frames, device)
         return Rotary(cos, sin, start)
-
-    def _check_joint(self, latents: Tensor, embedded: Embedded, cache: ConditionCache | None) -> int:
-        """Number of condition images; ValueError if target, embedded inputs and cache do not fit each other."""
-        grid, batch = check_target(latents, self.geometry, self.config.in_channels), latents.shape[0]
-        if embedded.text.shape[0] != batch:
-            raise ValueError(f"encoder_hidden_states must have batch {batch}, got {embedded.text.shape[0]}")
-        if cache is None:
-            name, given = "condition_latents", embedded.condition
-            assert given is not None
-            shared, got, count = given.shape[0], embedded.grid, embedded.conditions
-        else:
-            if not get_preset(self.config.preset).cacheable:
-                raise ValueError(f"condition_cache needs preset 'cached', got {self.config.preset!r}")
-            name, shared, got, count = "condition_cache", cache.batch, cache.grid, cache.conditions
-        if got != grid:
-            raise ValueError(f"{name} must be of a {grid} token grid, got {got}")
-        if batch % shared:
-            raise ValueError(f"{name} must have batch 1 or a divisor of {batch}, got {shared}")
-        return count

@@ -19,10 +19,11 @@ from PIL import Image
 from test_pictures import bomb, encoded
 from torch.utils.data import DataLoader
 
-from realgeneral.data import PairDataset, RunSampler, TextCheck, open_source
+from realgeneral.data import PairDataset, RunSampler, TextCheck
 from realgeneral.errors import Failure, UsageError
 from realgeneral.nano.pairs import NANO_TASKS, TARGET_STYLES, NanoSource
 from realgeneral.objective import collate
+from realgeneral.sources import open_source
 
 SIZE = (32, 16)
 Rows = list[dict[str, Any]]

@@ -28,7 +28,9 @@ from realgeneral.bad_batch import load_bad_batch
 from realgeneral.config import TrainConfig
 from realgeneral.diffusion import v_loss
 from realgeneral.errors import Failure, UsageError
-from realgeneral.train import learning_rate_factor, task_specs, train
+from realgeneral.loading import run_tasks
+from realgeneral.optimizers import learning_rate_factor
+from realgeneral.train import train
 
 # rounding of some thousand float32 operations
 ROUNDING32 = 2e3 * torch.finfo(torch.float32).eps
@@ -674,9 +676,7 @@ def test_output_that_cannot_be_a_folder(config: Callable[..., TrainConfig], tmp_
 
 @pytest.mark.parametrize("preset", ["paper", "cached"])
 def test_fused_kernels_follow_the_reference_step_by_step(config: Callable[..., TrainConfig], preset: str) -> None:
-    """With kernels (here in the interpreter) each step's loss is the reference run's to float32 rounding."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("CPU kernels need TRITON_INTERPRET=1")
+    """With kernels (on a CPU in the interpreter) each step's loss is the reference run's to float32 rounding."""
     settings: dict[str, Any] = {"steps": 4, "batch_size": 1, "warmup_steps": 0, "preset": preset, "lr_schedule": "constant"}
     runs = [
         losses(Path(train(config(name, fused_kernels=name == "fused", **settings))["log"]).parent)
@@ -723,8 +723,8 @@ def test_learning_rate_schedule(config: Callable[..., TrainConfig]) -> None:
 
 def test_default_tasks() -> None:
     """Nano data has its six tasks, other data the paper's seven."""
-    assert len(task_specs(TrainConfig(data="nano"))) == 6
-    assert len(task_specs(TrainConfig(data="/folder"))) == 7
+    assert len(run_tasks([], "nano")) == 6
+    assert len(run_tasks([], "/folder")) == 7
 
 
 def test_loss_is_per_sample_in_float32() -> None:
