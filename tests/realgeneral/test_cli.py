@@ -289,12 +289,12 @@ def test_check_precompute_train(work: dict[str, str], capsys: pytest.CaptureFixt
 
 
 def test_real_processes(work: dict[str, str]) -> None:
-    """`python -m realgeneral.cli`: usage without a command, one line for a bad file, a picture for a good one."""
+    """`python -m realgeneral`: usage without a command, one line for a bad file, a picture for a good one."""
     root = str(Path(cli.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "realgeneral.cli", *arguments]
+        command = [sys.executable, "-m", "realgeneral", *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     usage = run()

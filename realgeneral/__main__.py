@@ -1,0 +1,8 @@
+"""`python -m realgeneral` is the `realgeneral` command."""
+
+import sys
+
+from realgeneral.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
