@@ -87,12 +87,15 @@ def measures(task: str, pairs: NanoPairs) -> dict[str, Callable[[Tensor], Tensor
     """The metrics of a task by name; each takes images and gives one value per sample."""
     truth = pairs.truth
     if task == "customization":
-        # the gallery holds every compared concept in the style that was asked for
+        # galleries: every compared concept in the style that was asked for; every compared concept in every style
         ranks = torch.arange(len(pairs.concepts))
-        gallery = torch.stack([_picture(c, s) for c, s in zip(pairs.concepts, pairs.styles, strict=True)])
+        asked = torch.stack([_picture(c, s) for c, s in zip(pairs.concepts, pairs.styles, strict=True)])
+        every = torch.stack([_picture(c, s) for c in pairs.concepts for s in TARGET_STYLES])
+        places = ranks * len(TARGET_STYLES) + torch.tensor([TARGET_STYLES.index(s) for s in pairs.styles])
         return {
-            "same concept R@1": lambda x: retrieval_hits(x, gallery, ranks, 1),
-            "same concept R@5": lambda x: retrieval_hits(x, gallery, ranks, 5),
+            "same concept R@1": lambda x: retrieval_hits(x, asked, ranks, 1),
+            "same concept R@5": lambda x: retrieval_hits(x, asked, ranks, 5),
+            "concept in asked style R@1": lambda x: retrieval_hits(x, every, places, 1),
             "SSIM": lambda x: ssim(x, truth),
         }
     table: dict[str, Callable[[Tensor], Tensor]] = {"SSIM": lambda x: ssim(x, truth), "PSNR dB": lambda x: psnr(x, truth)}

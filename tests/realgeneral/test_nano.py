@@ -16,7 +16,7 @@ from realgeneral.adapter import read_adapter_info
 from realgeneral.config import DemoConfig, EvaluateConfig
 from realgeneral.data import PairDataset
 from realgeneral.demo import demo
-from realgeneral.evaluate import evaluate, generate_all, interval, markdown, nano_pairs
+from realgeneral.evaluate import evaluate, generate_all, interval, markdown, measures, nano_pairs
 from realgeneral.metrics import edge_f1, psnr, retrieval_hits, ssim
 from realgeneral.nano.emoji import PARQUET, STYLES, caption, load_emoji
 from realgeneral.nano.pairs import NANO_TASKS, TARGET_STYLES, NanoSource
@@ -130,6 +130,16 @@ def test_metrics_know_identity_and_difference() -> None:
     assert retrieval_hits(truth, truth, index).mean() == 1.0
     assert retrieval_hits(other, truth, index).mean() == 0.0
     assert retrieval_hits(other, truth, index, top=8).mean() == 1.0
+
+
+def test_customization_is_measured_on_concept_and_style() -> None:
+    """The truth is found in the style that was asked for; the condition, another style's picture, never."""
+    pairs = nano_pairs("customization", 8, (64, 64), 0)
+    scores = measures("customization", pairs)
+    asked = scores["concept in asked style R@1"]
+    assert asked(pairs.truth).min() == 1.0
+    assert asked(pairs.conditions).max() == 0.0
+    assert scores["same concept R@1"](pairs.conditions).mean() > 0
 
 
 def test_evaluate_writes_table_json_and_grids(tmp_path) -> None:
