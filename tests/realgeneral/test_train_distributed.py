@@ -238,6 +238,16 @@ def test_larger_micro_batches_and_checkpointing(config: Callable[..., TrainConfi
         assert abs(mine - theirs) / theirs <= 10 * spread + 16 * torch.finfo(torch.float32).eps
 
 
+@NEEDS_DEEPSPEED
+def test_deepspeed_in_bfloat16(config: Callable[..., TrainConfig]) -> None:
+    """DeepSpeed switches off the autocast around its engine: the model's own has the bits of one process."""
+    two = config("two", engine="deepspeed", mixed_precision="bf16", steps=3)
+    assert_done(in_two(two))
+    train(config("one", mixed_precision="bf16", steps=3, gradient_accumulation_steps=2))
+    assert losses(two.output) == losses(config("one").output)
+    assert_same_weights(Path(two.output) / "adapter", Path(config("one").output) / "adapter")
+
+
 def test_shards_are_shares(config: Callable[..., TrainConfig]) -> None:
     """Each process holds half of all weights, frozen ones included, and the main process alone writes."""
     held = assert_done(in_two(config(engine="fsdp2", steps=1), counting))
