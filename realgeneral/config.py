@@ -90,7 +90,10 @@ class TrainConfig(DataSettings):
     optimizer: Literal["adamw", "adamw8bit", "paged-adamw8bit"] = _opt(
         "8-bit states need CUDA and the package bitsandbytes; paged ones move to the CPU when the GPU is full", "adamw"
     )
-    engine: Literal["ddp", "fsdp2"] = _opt("several processes: a copy of the model in each, or one shared out", "ddp")
+    engine: Literal["ddp", "fsdp2", "deepspeed"] = _opt(
+        "several processes: a copy of the model in each, one shared out, or a copy in each with DeepSpeed ZeRO-2", "ddp"
+    )
+    deepspeed_config: str = _opt("JSON file with the settings of ZeRO-2, such as examples/deepspeed_zero2.json", "")
     fused_kernels: bool = _opt("run the model on the Triton kernels of rgkernels", False)
     compile: bool = _opt("torch.compile the transformer (a minute at the start; rounding differs from eager)", False)
     seed: int = _opt("seed of everything", 0)
@@ -140,7 +143,8 @@ class TrainConfig(DataSettings):
 # per optimizer step must stay the same, over however many processes and micro-steps
 RESUMABLE = frozenset(
     "output resume debug save_every keep_checkpoints sample_every sample_count sample_steps guidance_scale log_every "
-    "num_workers strict tensorboard tracker fused_kernels gradient_checkpointing engine gradient_accumulation_steps".split()
+    "num_workers strict tensorboard tracker fused_kernels gradient_checkpointing engine deepspeed_config "
+    "gradient_accumulation_steps".split()
 )
 
 

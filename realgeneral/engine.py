@@ -1,4 +1,4 @@
-"""Processes of a training run: one, several with a copy of the model each (DDP), or several that share it out (FSDP2).
+"""Processes of a training run: one, several with a copy of the model each (DDP; DeepSpeed), or that share it out (FSDP2).
 
 Whatever one process meets, all processes leave the loop at the same place: errors and signals are agreed on before the next
 collective operation, so that no process waits for one that is gone.
@@ -7,6 +7,7 @@ collective operation, so that no process waits for one that is gone.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,22 +26,31 @@ from torch.distributed.tensor import DTensor
 from realgeneral.config import TrainConfig
 from realgeneral.errors import Failure, UsageError
 from realgeneral.transformer import RealGeneralTransformer3DModel
+from realgeneral.zero import ZeroOptimizer, zero_settings
 from rgkernels.cogvideox import block_forward
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+# set by accelerate's launcher, which on a CPU would train with DDP all the same
+FOREIGN = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 
 
 class Engine:
     """The processes of this run, started by `torchrun` or `accelerate launch`, and what they do together.
 
     Args:
-        config: `engine` and `mixed_precision` are used.
+        config: `engine` and what it depends on are used.
 
     Raises:
-        UsageError: The launcher asks for another engine, or fsdp2 is asked for with one process.
+        UsageError: The launcher asks for an engine of its own, or `engine` does not fit the run.
     """
 
     def __init__(self, config: TrainConfig) -> None:
+        foreign = [name for name in FOREIGN if os.environ.get(name, "false").lower() == "true"]
+        if foreign:
+            raise UsageError(
+                f"the launcher must start plain processes (accelerate launch --multi_gpu, torchrun) and --engine choose the "
+                f"engine, got an accelerate configuration that sets {foreign[0]}"
+            )
         # gradients live in the buckets that are reduced, not beside them
         ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
         self.accelerator = Accelerator(
@@ -49,38 +59,62 @@ class Engine:
         self.device: torch.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
-        self.sharded = config.engine == "fsdp2"
+        self.sharded, self.deepspeed = config.engine == "fsdp2", config.engine == "deepspeed"
         if self.accelerator.distributed_type not in SUPPORTED:
             raise UsageError(
-                f"--engine chooses between ddp and fsdp2; the launcher must start plain processes, got its configuration for "
-                f"{self.accelerator.distributed_type.value}"
+                f"the launcher must start processes on CPUs or CUDA devices, got {self.accelerator.distributed_type.value}"
             )
-        if self.sharded and self.world == 1:
-            raise UsageError("engine fsdp2 needs several processes (torchrun or accelerate launch), got 1")
-        if self.sharded and (config.compile or config.optimizer != "adamw"):
+        if config.engine != "ddp" and self.world == 1:
+            raise UsageError(f"engine {config.engine} needs several processes (torchrun or accelerate launch), got 1")
+        if config.engine != "ddp" and (config.compile or config.optimizer != "adamw"):
             raise UsageError(
-                f"engine fsdp2 must run without --compile and with --optimizer adamw, got compile {config.compile} and "
-                f"optimizer {config.optimizer}"
+                f"engine {config.engine} must run without --compile and with --optimizer adamw, got compile {config.compile} "
+                f"and optimizer {config.optimizer}"
             )
+        self.zero_settings = zero_settings(config) if self.deepspeed else {}
+        self.zero: ZeroOptimizer | None = None
 
     def prepare(self, transformer: RealGeneralTransformer3DModel) -> nn.Module:
         """The module to call in training; with fsdp2 the parameters of `transformer` become shards, in place."""
-        if not self.sharded:
-            model: nn.Module = self.accelerator.prepare_model(transformer)
-            return model
-        return shard(transformer, self.device)
+        if self.sharded:
+            return shard(transformer, self.device)
+        # DeepSpeed wraps it itself, with the optimizer
+        model: nn.Module = self.accelerator.prepare_model(transformer, evaluation_mode=self.deepspeed)
+        return model
+
+    def prepare_optimizer(
+        self, model: nn.Module, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, Any]:
+        """The module to call from now on, and the optimizer of `parameters`; with deepspeed both are DeepSpeed's."""
+        if not self.deepspeed:
+            return model, optimizer
+        self.zero = ZeroOptimizer(self.zero_settings, model, parameters, optimizer)
+        return self.zero.engine, self.zero
 
     @contextlib.contextmanager
     def micro_step(self, model: nn.Module, last: bool) -> Iterator[None]:
         """Forward and backward of a micro-step; gradients are exchanged in the `last` one of an optimizer step."""
+        if self.zero is not None:
+            self.zero.engine.set_gradient_accumulation_boundary(last)
+            yield  # no autocast: DeepSpeed would switch it off, and the model has its own
+            return
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)
             last = True
         with contextlib.nullcontext() if last else self.accelerator.no_sync(model), self.accelerator.autocast():
             yield
 
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-step's gradients."""
+        if self.zero is not None:
+            self.zero.backward(loss)
+        else:
+            self.accelerator.backward(loss)
+
     def clip_gradients(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-        """Scale the gradients to a global norm of at most `max_norm`; returns the norm before that."""
+        """Scale the gradients to a global norm of at most `max_norm`, DeepSpeed in its step; returns the norm before that."""
+        if self.zero is not None:
+            return self.zero.norm()
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 

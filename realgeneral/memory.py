@@ -24,6 +24,7 @@ from realgeneral.config import TrainConfig
 from realgeneral.diffusion import v_loss
 from realgeneral.objective import encode_pictures
 from realgeneral.pipeline import RealGeneralPipeline
+from realgeneral.zero import bucket_bytes
 
 GIB = 2**30
 # bytes per trained weight: two moments in float32, or in 8 bits with a float32 scale per block of 256
@@ -92,7 +93,8 @@ def memory_budget(
 
     Note:
         Not counted: what CUDA and its libraries hold for themselves, the allocator's fragmentation, temporaries of a kernel,
-        sample grids. With fsdp2 two blocks are counted as gathered at a time.
+        sample grids. With fsdp2 two blocks are counted as gathered at a time; with deepspeed its bucket of gradients, and this
+        process' part of them twice (as reduced, and as its step flattens them).
     """
     frozen = nbytes(p for p in pipe.transformer.parameters() if not p.requires_grad)
     trained = nbytes(p for p in pipe.transformer.parameters() if p.requires_grad)
@@ -106,6 +108,10 @@ def memory_budget(
         block = nbytes(pipe.transformer.transformer_blocks[0].parameters())
         step += 2 * block - trained + trained // processes
         frozen, trained, averaged, optimizer = (n // processes for n in (frozen, trained, averaged, optimizer))
+    if config.engine == "deepspeed":
+        step += bucket_bytes(config) - trained + 2 * trained // processes
+        # its own copy of the weights that this process updates
+        trained, optimizer = trained + trained // processes, optimizer // processes
     return MemoryBudget(frozen, encoders, trained + averaged, optimizer, step)
 
 

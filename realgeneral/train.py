@@ -109,7 +109,7 @@ def open_run(config: TrainConfig, engine: Engine) -> Run:
 
     model = engine.prepare(pipe.transformer)
     trained = [p for p in pipe.transformer.parameters() if p.requires_grad]
-    optimizer = make_optimizer(config, trained, engine.device)
+    model, optimizer = engine.prepare_optimizer(model, trained, make_optimizer(config, trained, engine.device))
     ema = EMAModel(trained, decay=config.ema_decay, use_ema_warmup=True) if config.ema_decay else None
     if resumed:
         checkpoint.load_state(resumed, trained, optimizer, ema)
@@ -164,7 +164,7 @@ def optimizer_step(run: Run, step: int, bar: Any) -> None:
         draws = Draws.of(config, batch.numbers, run.pipe.scheduler.config.num_train_timesteps)
         with engine.micro_step(run.model, last=micro == config.gradient_accumulation_steps - 1):
             losses = training_loss(run.pipe, run.model, run.texts, batch, draws)
-            engine.accelerator.backward(losses.mean() / config.gradient_accumulation_steps)
+            engine.backward(losses.mean() / config.gradient_accumulation_steps)
         parts.append(MicroBatch(batch, draws, losses.detach()))
     norm = engine.clip_gradients(run.trained, config.max_grad_norm)
     check_finite(run, step + 1, parts, norm)

@@ -72,6 +72,8 @@ def _child(sender: Any, rank: int, world: int, port: int, function: Callable[...
     # as in pytest, but for what libraries say when a group of processes ends
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    # DeepSpeed's calls
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
     if world > 1:
         os.environ.update(
             RANK=str(rank),

@@ -93,7 +93,7 @@ def test_step_of_a_middle_sized_model() -> None:
     assert predicted["full"] < predicted["selective"] < predicted["none"] / 3
 
 
-def test_budget_counts_every_part(bases: dict[str, Path]) -> None:
+def test_budget_counts_every_part(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights by their own bytes, 8-bit states a quarter, shards by their share; nothing of the model changes."""
     config, shape = settings(str(bases["5b"]), ema_decay=0.9), StepShape(2, 1, 16, 32)
     pipe, _ = load_models(config, torch.device("cpu"))
@@ -109,6 +109,12 @@ def test_budget_counts_every_part(bases: dict[str, Path]) -> None:
     assert memory_budget(pipe, config, shape, encode=False).encoders == 0
     sharded = memory_budget(pipe, settings(str(bases["5b"]), engine="fsdp2"), shape, processes=4)
     assert sharded.base == budget.base // 4
+    zero2 = {"engine": "deepspeed", "deepspeed_config": "zero2.json"}
+    monkeypatch.setattr("realgeneral.memory.bucket_bytes", lambda config: 2**20)
+    shared = memory_budget(pipe, settings(str(bases["5b"]), **zero2), shape, processes=4)
+    assert (shared.base, shared.trained, shared.optimizer) == (budget.base, trained + trained // 4, budget.optimizer // 4)
+    copies = memory_budget(pipe, settings(str(bases["5b"])), shape, processes=4)
+    assert shared.step == copies.step + 2**20 - trained + 2 * trained // 4
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in pipe.transformer.named_parameters())
 
 
