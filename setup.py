@@ -51,7 +51,7 @@ setup(
         "datasets": ["datasets>=3"],
         "dev": DEV,
         "8bit": ["bitsandbytes>=0.45"],
-        "deepspeed": ["deepspeed>=0.19.8"],
+        "deepspeed": ["deepspeed~=0.19.8"],
         "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["realgeneral = realgeneral.cli:main"]},

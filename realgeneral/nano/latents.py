@@ -1,12 +1,14 @@
 """A pool of latents, and the clips drawn from it, that the nano base is trained on.
 
 Every concept has the same entries: per style a still picture and two motions in three stages, per colour style its
-derived versions. A clip is a list of entries of one concept plus an honest caption.
+derived versions. A clip is a list of entries of one concept plus an honest caption. For training there are three copies of the
+pool: as drawn, mirrored, and recoloured, where only the first frame can tell the colours.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +42,7 @@ KIND_WORDS = {
     "mask": "masked picture",
 }
 COLOUR_STYLES = ("flat", "3d", "noto")
+RECOLOURINGS = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 STAGES = (1 / 3, 2 / 3, 1.0)
 MOTIONS_PER_STYLE = 2
 PER_STYLE = 1 + MOTIONS_PER_STYLE * len(STAGES)
@@ -56,11 +59,16 @@ STYLE_PAIRS = {
     ("high_contrast", "noto"): 0.06,
     ("flat", "high_contrast"): 0.06,
 }
-SHARES = {"style": 0.40, "derived": 0.35, "motion": 0.25}
+SHARES = {"style": 0.40, "derived": 0.45, "motion": 0.15}
 # Of the derived pictures: edges give the least, and need the most practice.
 KIND_SHARES = {"canny": 0.32, "edges": 0.17, "grey": 0.17, "blur": 0.17, "mask": 0.17}
 # Share of captions that describe the last frame alone, as a prompt of the conditional tasks does.
-LAST_FRAME_CAPTIONS = 0.4
+LAST_FRAME_CAPTIONS = 0.6
+# Copies of the pool and their shares. Without them the base learns a concept's colours by its name and trusts the given frame
+# less than its memory.
+COPIES = {"plain": 0.4, "mirrored": 0.3, "recoloured": 0.3}
+# First frames without colours: what follows them is not recoloured.
+COLOURLESS = ("canny", "edges", "grey", "high_contrast")
 
 
 def still_entry(style: str) -> int:
@@ -98,9 +106,16 @@ def motion_matrix(motion: str, strength: float, stage: float) -> np.ndarray:
     return theta
 
 
-def render_entries(concept: Concept, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def render_entries(concept: Concept, rng: np.random.Generator, copy: str = "plain") -> tuple[np.ndarray, np.ndarray]:
     """Return the entries of a concept, uint8 [ENTRIES, 64, 64, 3], and its motions [styles, slots]."""
     stills = {style: np.asarray(concept.image(style)) for style in STYLES}
+    if copy == "mirrored" or (copy == "recoloured" and rng.random() < 0.5):
+        stills = {style: picture[:, ::-1] for style, picture in stills.items()}
+    if copy == "recoloured":
+        # another order of red, green and blue, the same in all styles: white, grey and black stay
+        channels = RECOLOURINGS[rng.integers(len(RECOLOURINGS))]
+        stills = {style: picture[..., channels] for style, picture in stills.items()}
+    stills = {style: np.ascontiguousarray(picture) for style, picture in stills.items()}
     out = np.empty((ENTRIES, *stills["flat"].shape), np.uint8)
     motions = np.stack([rng.permutation(len(MOTIONS))[:MOTIONS_PER_STYLE] for _ in STYLES])
     thetas, sources, targets = [], [], []
@@ -122,16 +137,21 @@ def render_entries(concept: Concept, rng: np.random.Generator) -> tuple[np.ndarr
     return out, motions
 
 
+def pool_path(folder: Path, split: str, copy: str) -> Path:
+    """Latents of a copy of a split; names and motions are beside it, as .json."""
+    return folder / (f"{split}.npy" if copy == "plain" else f"{split}_{copy}.npy")
+
+
 @torch.no_grad()
-def build_pool(vae: AutoencoderKLCogVideoX, folder: Path, split: str, seed: int) -> None:
-    """Encode a split with the folded VAE into `{split}.npy`, fp16 [N, ENTRIES, C, 16, 16], and `{split}.json`."""
+def build_pool(vae: AutoencoderKLCogVideoX, path: Path, split: str, copy: str, seed: int) -> None:
+    """Encode a copy of a split with the folded VAE: fp16 [N, ENTRIES, C, 16, 16]."""
     concepts = load_emoji(split)
-    rng = np.random.default_rng(seed)
-    tmp = folder / f"{split}.tmp.npy"
+    rng = np.random.default_rng(seed + list(COPIES).index(copy))
+    tmp = path.with_suffix(".tmp.npy")
     pool: np.memmap | None = None
     motions = []
     for i, concept in enumerate(concepts):
-        pictures, concept_motions = render_entries(concept, rng)
+        pictures, concept_motions = render_entries(concept, rng, copy)
         motions.append(concept_motions.tolist())
         pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.autocast("cpu", torch.bfloat16):
@@ -141,63 +161,77 @@ def build_pool(vae: AutoencoderKLCogVideoX, folder: Path, split: str, seed: int)
             pool = np.lib.format.open_memmap(tmp, "w+", np.float16, shape)
         pool[i] = latents
         if i % 200 == 199:
-            log(f"pool {split}: {i + 1}/{len(concepts)}")
+            log(f"pool {path.stem}: {i + 1}/{len(concepts)}")
     assert pool is not None
     pool.flush()
-    tmp.rename(folder / f"{split}.npy")
+    tmp.rename(path)
     names = [c.name for c in concepts]
-    (folder / f"{split}.json").write_text(json.dumps({"names": names, "motions": motions}), encoding="utf-8")
+    path.with_suffix(".json").write_text(json.dumps({"names": names, "motions": motions}), encoding="utf-8")
+
+
+@dataclass
+class Pool:
+    """A copy of the pool: latents, and the motions of every concept, [N, styles, slots]."""
+
+    latents: np.ndarray
+    motions: np.ndarray
 
 
 @dataclass
 class ClipSource:
-    """Draws training clips from a pool."""
+    """Draws clips from copies of a pool."""
 
-    pool: np.ndarray
+    pools: dict[str, Pool]
     names: list[str]
-    motions: np.ndarray
 
     @classmethod
-    def open(cls, folder: Path, split: str) -> ClipSource:
+    def open(cls, folder: Path, split: str, copies: Sequence[str] = ("plain",)) -> ClipSource:
         """Map the files that `build_pool` wrote."""
-        meta = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
-        pool = np.load(folder / f"{split}.npy", mmap_mode="r")
-        return cls(pool, meta["names"], np.asarray(meta["motions"]))
+        pools, names = {}, []
+        for copy in copies:
+            path = pool_path(folder, split, copy)
+            meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            pools[copy], names = Pool(np.load(path, mmap_mode="r"), np.asarray(meta["motions"])), meta["names"]
+        return cls(pools, names)
 
     def batch(self, size: int, frames: int, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
         """Draw clips: latents float32 [B, frames, C, h, w] and captions."""
+        shares = np.array([COPIES[copy] for copy in self.pools])
         latents, captions = [], []
         for concept in rng.integers(0, len(self.names), size):
-            entries, description, last = self._clip(int(concept), frames, rng)
+            copy = str(rng.choice(list(self.pools), p=shares / shares.sum()))
+            first, entries, description, last = self._clip(int(concept), copy, frames, rng)
+            if copy == "recoloured" and first in COLOURLESS:
+                copy = "mirrored"
             description = last if rng.random() < LAST_FRAME_CAPTIONS else description
-            latents.append(self.pool[concept][entries])
+            latents.append(self.pools[copy].latents[concept][entries])
             captions.append(f"{self.names[concept]}, {description}")
         return torch.from_numpy(np.stack(latents)).float(), captions
 
-    def _clip(self, concept: int, frames: int, rng: np.random.Generator) -> tuple[list[int], str, str]:
-        """Entries of the frames, what the clip shows, what its last frame shows."""
+    def _clip(self, concept: int, copy: str, frames: int, rng: np.random.Generator) -> tuple[str, list[int], str, str]:
+        """What the clip starts with, entries of the frames, what the clip shows, what its last frame shows."""
         kind = rng.choice(list(SHARES), p=list(SHARES.values()))
         if kind == "style":
             index = rng.choice(len(STYLE_PAIRS), p=list(STYLE_PAIRS.values()))
             first, last = list(STYLE_PAIRS)[index]
             ends = (still_entry(first), STYLE_WORDS[first]), (still_entry(last), STYLE_WORDS[last])
-            return _change(*ends, frames)
+            return first, *_change(*ends, frames)
         if kind == "derived":
             style = str(rng.choice(COLOUR_STYLES))
             version = str(rng.choice(list(KIND_SHARES), p=list(KIND_SHARES.values())))
             ends = (derived_entry(style, version), KIND_WORDS[version]), (still_entry(style), STYLE_WORDS[style])
             # Most clips restore the picture: that is the direction of the conditional tasks.
-            return _change(*ends, frames) if rng.random() < 0.75 else _change(ends[1], ends[0], frames)
+            return version, *(_change(*ends, frames) if rng.random() < 0.75 else _change(ends[1], ends[0], frames))
         style = STYLES[rng.integers(len(STYLES))]
         if rng.random() < 0.4:
-            return [still_entry(style)] * frames, STYLE_WORDS[style], STYLE_WORDS[style]
+            return "motion", [still_entry(style)] * frames, STYLE_WORDS[style], STYLE_WORDS[style]
         slot = int(rng.integers(MOTIONS_PER_STYLE))
         stages = [still_entry(style), *(motion_entry(style, slot, k) for k in range(len(STAGES)))]
         if frames == 2:
             stages = [stages[0], stages[int(rng.integers(2, 4))]]
-        motion = MOTIONS[self.motions[concept, STYLES.index(style), slot]]
+        motion = MOTIONS[self.pools[copy].motions[concept, STYLES.index(style), slot]]
         described = f"{STYLE_WORDS[style]}, {motion}"
-        return stages, described, described
+        return "motion", stages, described, described
 
 
 def _change(first: tuple[int, str], last: tuple[int, str], frames: int) -> tuple[list[int], str, str]:

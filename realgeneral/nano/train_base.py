@@ -2,7 +2,7 @@
 
     python -m realgeneral.nano.train_base --vae DIR --text DIR --out DIR --minutes 55
 
-Encodes a pool of latents once (about 250 MB in `--out`), then trains transformer and text encoder from it.
+Encodes a pool of latents once (about 750 MB in `--out`), then trains transformer and text encoder from it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from realgeneral.nano.common import (
     seed_everything,
     warmup_cosine,
 )
-from realgeneral.nano.latents import ClipSource, build_pool
+from realgeneral.nano.latents import COPIES, ClipSource, build_pool, pool_path
 from realgeneral.vae import fold_single_frame
 
 # The second half names concepts that training never saw.
@@ -66,7 +66,7 @@ PROMPTS = [
 ]
 FRAME_CHOICES = ((2, 0.85), (4, 0.15))
 # Share of clips whose first frame is given, clean: next-frame prediction, as image-to-video training does it.
-NEXT_FRAME = 0.6
+NEXT_FRAME = 0.85
 
 
 class Model(nn.Module):
@@ -177,11 +177,13 @@ class Run:
         self.vae = AutoencoderKLCogVideoX.from_pretrained(args.vae, torch_dtype=torch.float32).eval()
         self.folded = fold_single_frame(AutoencoderKLCogVideoX.from_pretrained(args.vae, torch_dtype=torch.float32))
         self.folded.eval()
-        for split in ("train", "held_out"):
-            if not (args.out / f"{split}.json").exists():
-                build_pool(self.folded, args.out, split, args.seed)
-        self.train = ClipSource.open(args.out, "train")
-        self.held_out = ClipSource.open(args.out, "held_out")
+        for split, copies in (("train", list(COPIES)), ("held_out", ["plain"])):
+            for copy in copies:
+                path = pool_path(args.out, split, copy)
+                if not path.with_suffix(".json").exists():
+                    build_pool(self.folded, path, split, copy, args.seed)
+        self.source = ClipSource.open(args.out, "train", list(COPIES))
+        self.validation = {split: ClipSource.open(args.out, split) for split in ("train", "held_out")}
         self.tokenizer = T5Tokenizer.from_pretrained(args.text / "tokenizer")
         self.model, self.average = self._make_model(), self._make_model().eval()
         if args.compile:
@@ -221,7 +223,7 @@ class Run:
         """Log training and validation losses; export the average and sample pictures if `preview`."""
         self.ema.copy_to(self.average)
         row: dict[str, Any] = {"step": self.step, "minutes": round(self.spent / 60, 2)}
-        for name, source in (("train", self.train), ("held_out", self.held_out)):
+        for name, source in self.validation.items():
             for mode, next_frame in (("clip", 0.0), ("next_frame", 1.0)):
                 value = validation_loss(self.average, self.diffusion, source, self.tokenizer, next_frame)
                 row[f"{name}_{mode}"] = round(value, 5)
@@ -254,7 +256,7 @@ def train(run: Run) -> None:
             group["lr"] = group["peak"] * scale
         frames = int(rng.choice([f for f, _ in FRAME_CHOICES], p=[p for _, p in FRAME_CHOICES]))
         # Fewer long clips, so that a step costs about the same.
-        batch = draw_batch(run.train, run.tokenizer, args.batch * 2 // frames, frames, NEXT_FRAME, rng)
+        batch = draw_batch(run.source, run.tokenizer, args.batch * 2 // frames, frames, NEXT_FRAME, rng)
         loss = clip_loss(run.model, run.diffusion, batch)
         for optimizer in run.optimizers:
             optimizer.zero_grad(set_to_none=True)
