@@ -1,8 +1,8 @@
 """Recipe: train the nano base, a small CogVideoX text-to-video model, on clips of emoji.
 
-    python -m realgeneral.nano.train_base --vae DIR --text DIR --out DIR --minutes 55
+    python -m realgeneral.nano.train_base --vae DIR --text DIR --icons FILE --out DIR --minutes 240
 
-Encodes a pool of latents once (about 750 MB in `--out`), then trains transformer and text encoder from it.
+Encodes pools of latents once (about 1.4 GB in `--out`), then trains transformer and text encoder from it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import itertools
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from realgeneral.nano.base import (
     save_pipeline,
     tokenize,
 )
+from realgeneral.nano.clips import ClipSource
 from realgeneral.nano.common import (
     BASE,
     Ema,
@@ -42,7 +44,7 @@ from realgeneral.nano.common import (
     seed_everything,
     warmup_cosine,
 )
-from realgeneral.nano.latents import COPIES, ClipSource, build_pool, pool_path
+from realgeneral.nano.latents import COPIES, EMOJI, ICONS, Pool, build_pool, load_things
 from realgeneral.vae import fold_single_frame
 
 # The second half names concepts that training never saw.
@@ -177,13 +179,10 @@ class Run:
         self.vae = AutoencoderKLCogVideoX.from_pretrained(args.vae, torch_dtype=torch.float32).eval()
         self.folded = fold_single_frame(AutoencoderKLCogVideoX.from_pretrained(args.vae, torch_dtype=torch.float32))
         self.folded.eval()
-        for split, copies in (("train", list(COPIES)), ("held_out", ["plain"])):
-            for copy in copies:
-                path = pool_path(args.out, split, copy)
-                if not path.with_suffix(".json").exists():
-                    build_pool(self.folded, path, split, copy, args.seed)
-        self.source = ClipSource.open(args.out, "train", list(COPIES))
-        self.validation = {split: ClipSource.open(args.out, split) for split in ("train", "held_out")}
+        self.source = ClipSource(
+            self._pools("train", COPIES), self._pools("icons", ("plain", "recoloured")) if args.icons else None
+        )
+        self.validation = {split: ClipSource(self._pools(split, ("plain",))) for split in ("train", "held_out")}
         self.tokenizer = T5Tokenizer.from_pretrained(args.text / "tokenizer")
         self.model, self.average = self._make_model(), self._make_model().eval()
         if args.compile:
@@ -194,6 +193,15 @@ class Run:
         self.step, self.spent = 0, 0.0
         if args.resume and self.state_path.exists():
             self._load()
+
+    def _pools(self, name: str, copies: Sequence[str]) -> dict[str, Pool]:
+        """Copies of a pool, encoded if they are not there yet."""
+        icons, entries = (self.args.icons, ICONS) if name == "icons" else (None, EMOJI)
+        paths = {copy: self.args.out / (f"{name}.npy" if copy == "plain" else f"{name}_{copy}.npy") for copy in copies}
+        for copy, path in paths.items():
+            if not path.with_suffix(".json").exists():
+                build_pool(self.folded, path, load_things(name, icons), entries, copy, self.args.seed)
+        return {copy: Pool.open(path) for copy, path in paths.items()}
 
     def _make_model(self) -> Model:
         text_encoder = T5EncoderModel.from_pretrained(self.args.text / "text_encoder", dtype=torch.float32)
@@ -291,7 +299,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--vae", type=Path, default=BASE / "vae")
     parser.add_argument("--text", type=Path, default=BASE, help="holds text_encoder/ and tokenizer/")
-    parser.add_argument("--out", type=Path, required=True, help="receives the pool, checkpoints and base/")
+    parser.add_argument("--icons", type=Path, help="icons.parquet of realgeneral.nano.icons: half of the clips are of these")
+    parser.add_argument("--out", type=Path, required=True, help="receives the pools, checkpoints and base/")
     parser.add_argument("--minutes", type=float, default=55.0, help="training time in all, resumed runs included")
     parser.add_argument("--steps", type=int, default=10**9, help="stop earlier, after this many steps")
     parser.add_argument("--report-minutes", type=float, default=2.5)
