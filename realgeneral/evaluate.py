@@ -127,7 +127,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     pipe = _pipeline(config, config.adapter)
     assert pipe.adapter is not None
     base = _pipeline(config, "")
-    base.transformer.configure_condition(pipe.adapter.task_names, pipe.adapter.preset)
+    # nothing blocked and nothing added: the stock video model that goes on from a clean frame
+    base.transformer.configure_condition(pipe.adapter.task_names, "open")
     results: dict[str, Any] = {}
     note = "" if config.split == "held_out" else "Concepts of the training split: to choose settings by, not to report.\n\n"
     for name in config.tasks or pipe.adapter.task_names:
