@@ -14,6 +14,9 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
+# OpenCV's thread pool does not survive a fork: Canny in a data loader's worker could wait for ever for threads of its parent
+cv2.setNumThreads(0)
+
 TASKS: dict[str, type[Task]] = {}
 
 
