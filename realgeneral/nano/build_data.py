@@ -76,6 +76,14 @@ def clean_key(codepoint: str) -> str | None:
     return "-".join(parts)
 
 
+def svg_document(body: str, box: str) -> str:
+    """An iconify body as a file of `SIZE` pixels; `box` is its viewBox, what has no colour of its own becomes black."""
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'width="{SIZE}" height="{SIZE}" viewBox="{box}">{body.replace("currentColor", "#000")}</svg>'
+    )
+
+
 def read_iconify(path: Path) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
     """Return {code point: (icon name, svg)} and {icon name: category} of an iconify package."""
     files = {n: json.loads(b) for n, b in read_members(path, r"(chars|icons|metadata)\.json$").items()}
@@ -88,12 +96,7 @@ def read_iconify(path: Path) -> tuple[dict[str, tuple[str, str]], dict[str, str]
         if key is None or icon is None:
             continue
         w, h = icon.get("width", width), icon.get("height", height)
-        body = icon["body"].replace("currentColor", "#000")
-        svg = (
-            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'width="{SIZE}" height="{SIZE}" viewBox="0 0 {w} {h}">{body}</svg>'
-        )
-        out.setdefault(key, (name, svg))
+        out.setdefault(key, (name, svg_document(icon["body"], f"0 0 {w} {h}")))
     groups = {n: g for g, names in files["metadata.json"]["categories"].items() for n in names}
     return out, groups
 

@@ -38,7 +38,7 @@ LAST_FRAME_CAPTIONS = 0.6
 # Shares of the copies. Without them the base learns a concept's colours by its name and trusts the given frame less than its
 # memory.
 COPY_SHARES = {"plain": 0.4, "mirrored": 0.3, "recoloured": 0.3}
-# First frames without colours: what follows them is not recoloured.
+# Kinds of clips with a colourless end: these are not recoloured.
 COLOURLESS = ("canny", "edges", "grey", "high_contrast")
 # Share of clips of icons, where there are any.
 ICON_SHARE = 0.5
@@ -46,18 +46,18 @@ ICON_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Clip:
-    """Entries of a row, what the first frame is, what the clip shows, what its last frame shows."""
+    """Entries of a row; first style, derived version or "motion"; what the clip shows; what its last frame shows."""
 
     entries: list[int]
-    first: str
+    kind: str
     description: str
     last: str
 
 
-def change(first: tuple[int, str], last: tuple[int, str], frames: int, what: str) -> Clip:
+def change(first: tuple[int, str], last: tuple[int, str], frames: int, kind: str) -> Clip:
     """Half of the frames of each; the ends are (entry, words)."""
     half = frames // 2
-    return Clip([first[0]] * half + [last[0]] * (frames - half), what, f"from {first[1]} to {last[1]}", last[1])
+    return Clip([first[0]] * half + [last[0]] * (frames - half), kind, f"from {first[1]} to {last[1]}", last[1])
 
 
 def derived_clip(entries: Entries, style: str, words: Mapping[str, str], frames: int, rng: np.random.Generator) -> Clip:
@@ -121,7 +121,7 @@ class ClipSource:
         else:
             style = EMOJI.styles[rng.integers(len(EMOJI.styles))]
             clip = motion_clip(EMOJI, style, words, pool.motions[row], frames, rng)
-        if copy == "recoloured" and clip.first in COLOURLESS:
+        if copy == "recoloured" and clip.kind in COLOURLESS:
             pool = self.emoji["mirrored"]
         return pool.latents[row][clip.entries], pool.names[row], clip
 
@@ -132,7 +132,7 @@ class ClipSource:
             clip = derived_clip(ICONS, "icon", pool.words[row], frames, rng)
         else:
             clip = motion_clip(ICONS, "icon", pool.words[row], pool.motions[row], frames, rng)
-        if copy == "recoloured" and clip.first in COLOURLESS:
+        if copy == "recoloured" and clip.kind in COLOURLESS:
             pool = self.icons["plain"]
         return pool.latents[row][clip.entries], pool.names[row], clip
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from realgeneral.nano.build_data import SIZE, clean_words, on_white, read_iconify, read_members, tarball
+from realgeneral.nano.build_data import SIZE, clean_words, on_white, read_iconify, read_members, svg_document, tarball
 from realgeneral.nano.common import log
 from realgeneral.nano.emoji import load_emoji
 
@@ -67,13 +67,7 @@ def read_icons(path: Path) -> Iterator[tuple[str, str]]:
         left, top, side = icon.get("left", 0), icon.get("top", 0), max(w, h)
         # square, as pictures in training are
         box = f"{left - (side - w) / 2} {top - (side - h) / 2} {side} {side}"
-        yield (
-            name,
-            (
-                '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-                f'width="{SIZE}" height="{SIZE}" viewBox="{box}">{icon["body"].replace("currentColor", "#000")}</svg>'
-            ),
-        )
+        yield name, svg_document(icon["body"], box)
 
 
 def collect(folder: Path) -> list[Icon]:
@@ -118,10 +112,9 @@ def render(icon: Icon) -> tuple[bytes, np.ndarray] | None:
 
 def distinct(thumbs: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Which thumbnails [N, D] are farther than `SAME` (RMS) from all of `known` and from every earlier one that is kept."""
-    kept, reference = np.zeros(len(thumbs), bool), list(known)
+    kept, count = np.zeros(len(thumbs), bool), len(known)
     matrix = np.empty((len(known) + len(thumbs), thumbs.shape[1]), np.float32)
-    matrix[: len(known)] = known
-    count = len(reference)
+    matrix[:count] = known
     for i, thumb in enumerate(thumbs):
         if ((matrix[:count] - thumb) ** 2).mean(1).min(initial=np.inf) > SAME**2:
             kept[i], matrix[count] = True, thumb
