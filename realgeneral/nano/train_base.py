@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel, T5Tokenizer
 
 from realgeneral.nano.base import (
+    LATENT_SIZE,
     SCHEDULE,
     make_pipeline,
     make_transformer,
@@ -69,6 +70,9 @@ PROMPTS = [
 FRAME_CHOICES = ((2, 0.85), (4, 0.15))
 # Share of clips whose first frame is given, clean: next-frame prediction, as image-to-video training does it.
 NEXT_FRAME = 0.85
+# Share of these in which text and first frame do not see each other, as the method's mask will have it: an adapter need not
+# begin by getting used to that.
+BLIND = 0.5
 
 
 class Model(nn.Module):
@@ -80,13 +84,24 @@ class Model(nn.Module):
         self.text_encoder = text_encoder
         self.rotary = {frames: rotary(frames) for frames, _ in FRAME_CHOICES}
 
-    def forward(self, latents: Tensor, token_ids: Tensor, timestep: Tensor) -> Tensor:
-        """Predict v [B, F, C, h, w] for noisy latents [B, F, C, h, w] and token ids [B, T]."""
+    def forward(self, latents: Tensor, token_ids: Tensor, timestep: Tensor, blind: Tensor) -> Tensor:
+        """Predict v [B, F, C, h, w] for noisy latents [B, F, C, h, w] and token ids [B, T]; `blind` [B] as in `Batch`."""
         text = self.text_encoder(token_ids)[0]
+        frames = latents.shape[1]
         out: Tensor = self.transformer(
-            latents, text, timestep, image_rotary_emb=self.rotary[latents.shape[1]], return_dict=False
-        )[0]
+            latents, text, timestep, image_rotary_emb=self.rotary[frames], return_dict=False,
+            attention_kwargs={"attention_mask": attention_mask(blind, token_ids.shape[1], frames)},
+        )[0]  # fmt: skip
         return out
+
+
+def attention_mask(blind: Tensor, text: int, frames: int) -> Tensor:
+    """Who sees whom, [B, S, S] bool: all tokens see all, but text and first frame of a blind clip do not see each other."""
+    frame = (LATENT_SIZE // 2) ** 2
+    kind = torch.full((text + frames * frame,), 2)
+    kind[:text], kind[text : text + frame] = 0, 1
+    apart = kind[:, None] + kind[None] == 1
+    return ~(apart & blind[:, None, None])
 
 
 @dataclass
@@ -128,13 +143,17 @@ def make_optimizers(model: Model, args: argparse.Namespace) -> list[torch.optim.
 
 @dataclass
 class Batch:
-    """Clips: latents and noise [B, F, C, h, w], time steps [B], token ids [B, T], given [B] = the first frame is clean."""
+    """Clips: latents and noise [B, F, C, h, w], time steps [B], token ids [B, T].
+
+    `given` [B]: the first frame is clean. `blind` [B]: it is, and text and first frame do not see each other.
+    """
 
     latents: Tensor
     noise: Tensor
     timestep: Tensor
     token_ids: Tensor
     given: Tensor
+    blind: Tensor
 
 
 def draw_batch(
@@ -148,7 +167,8 @@ def draw_batch(
     timestep = torch.from_numpy(rng.permutation(strata) * 1000).long().clamp_(0, 999)
     noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
     given = torch.from_numpy(rng.random(size) < next_frame)
-    return Batch(latents, noise, timestep, tokenize(tokenizer, captions), given)
+    blind = given & torch.from_numpy(rng.random(size) < BLIND)
+    return Batch(latents, noise, timestep, tokenize(tokenizer, captions), given, blind)
 
 
 def clip_loss(model: Model, diffusion: Diffusion, batch: Batch) -> Tensor:
@@ -158,7 +178,7 @@ def clip_loss(model: Model, diffusion: Diffusion, batch: Batch) -> Tensor:
     is_given[:, 0] = batch.given
     noisy = torch.where(is_given[..., None, None, None], batch.latents, noisy)
     with torch.autocast("cpu", torch.bfloat16):
-        predicted = model(noisy, batch.token_ids, batch.timestep)
+        predicted = model(noisy, batch.token_ids, batch.timestep, batch.blind)
     return (predicted.float() - target).square().mean((2, 3, 4))[~is_given].mean()
 
 
