@@ -103,6 +103,8 @@ def test_standard_buckets_of_each_base(bases: dict[str, Path], config: Callable[
         described["sample_height"], described["sample_width"] = sample
         path.write_text(json.dumps(described))
         pipe = load_for_data(str(folder))
+        # without buckets too: the one size of training, samples, generation and evaluation
+        assert pipe._size(None, None) == expected[::-1]
         sizes = run_buckets(config("run", buckets=["standard"]), pipe)
         assert {expected, expected[::-1]} <= set(sizes)
         assert len(sizes) == (7 if geometry == "1.5" else 9)
