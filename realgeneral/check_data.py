@@ -69,12 +69,12 @@ class RowsToCheck(Dataset[Finding]):
             record = self.pairs.source.record(index, 0)
             size = self._pictures(record)
             assert isinstance(self.pairs.check, TextCheck)
-            self.pairs.check(record)
+            tokens = self.pairs.check.tokens(record.prompt)
+            record = self.pairs.check(record)
             tasks = tuple(task.name for task, weight in self.pairs.choices(record) if weight)
             digest = "/".join(
                 [record.target.digest(), *(c.digest() for c in record.conditions), record.task or "", record.prompt]
             )
-            tokens = len(self.pairs.check.tokenizer(record.prompt).input_ids)
         except Failure as error:
             return Finding(name, str(error))
         return Finding(name, None, size, max(1, len(record.conditions)), tasks, tokens, digest)
@@ -102,7 +102,7 @@ def check_data(config: CheckDataConfig) -> dict[str, Any]:
     pipe = load_for_data(config.base)
     window = pipe.transformer.config.max_text_seq_length
     size, buckets = picture_size(config, pipe), run_buckets(config, pipe)
-    check, tasks = TextCheck(pipe.tokenizer, window), run_tasks(config.tasks, config.data)
+    check, tasks = TextCheck(pipe.tokenizer, window, config.truncate_prompts), run_tasks(config.tasks, config.data)
     pairs = PairDataset(source, tasks, [], size, 0, True, check, order=OneSize(source.blocks, 0, size))
     rows = DataLoader(RowsToCheck(pairs, not config.headers_only), None, num_workers=config.num_workers)
     found = list(tqdm(rows, desc="check", unit="row", file=sys.stderr))
@@ -140,6 +140,7 @@ def summary(found: list[Finding], source: Source, sizes: tuple[Size, ...], batch
         "tasks": _counted(task for f in good for task in f.tasks),
         "text_window": window,
         "longest_prompt": max((f.tokens for f in good), default=0),
+        "prompts_cut": sum(f.tokens > window for f in good),
         "duplicates": [names for names in twins.values() if len(names) > 1],
     }
 
@@ -184,7 +185,8 @@ def as_text(report: dict[str, Any], data: str) -> str:
         lines += [f"             {s['size']}  {s['row']}" for s in report["smallest"][:3]]
     lines.append("tasks that rows can be of")
     lines += [f"  {rows:7d}  {task}" for task, rows in report["tasks"].items()]
-    lines.append(f"prompts: the longest has {report['longest_prompt']} of {report['text_window']} tokens")
+    cut = f"; {report['prompts_cut']} are cut" if report["prompts_cut"] else ""
+    lines.append(f"prompts: the longest has {report['longest_prompt']} of {report['text_window']} tokens{cut}")
     if twins:
         lines.append("duplicates (same pictures, task and prompt)")
         lines += _some([f"             {' = '.join(names[:4])}" for names in twins])

@@ -32,6 +32,7 @@ COLUMNS_HELP = (
 BUCKETS_HELP = (
     '"standard" and HEIGHTxWIDTH: batches of one size and number of conditions from mixed pictures; none = one size for all'
 )
+TRUNCATE_HELP = "cut prompts that are longer than the base's text window (nano: 16 tokens); otherwise they are refused"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class DataSettings:
     height: int = _opt("pixels; 0 = the base's own size", 0)
     width: int = _opt("pixels; 0 = the base's own size", 0)
     buckets: list[str] = _opt(BUCKETS_HELP, many=())
+    truncate_prompts: bool = _opt(TRUNCATE_HELP, False)
     num_workers: int = _opt("data-loading processes; 0 = in this one", 0)
     debug: bool = _opt("show the traceback of an error", False)
 
@@ -170,6 +172,7 @@ class GenerateConfig:
     mask: str = _opt("inpainting: the part of --picture to fill, white", "")
     subject: str = _opt("words of the prompt that name the subject", "")
     negative_prompt: str = _opt("what to avoid", "")
+    truncate_prompts: bool = _opt(TRUNCATE_HELP, False)
     adapter: str = _opt('adapter folder, or "nano"', "nano")
     base: str = _opt('CogVideoX checkpoint (folder or hub id), or "nano"', "nano")
     output: str = _opt("PNG to write; -1, -2, ... are added for more than one image", "outputs/generate.png")
@@ -233,6 +236,7 @@ class EvaluateConfig:
     )
     images_per_prompt: int = _opt("pictures for each case of a protocol", 1)
     limit: int = _opt("only this many pictures of a protocol, a fixed random choice; 0 = all", 0)
+    truncate_prompts: bool = _opt(f"protocols: {TRUNCATE_HELP}", False)
     height: int = _opt("pixels of a protocol's pictures; 0 = the base's own size", 0)
     width: int = _opt("pixels; 0 = the base's own size", 0)
     steps: int = _opt("denoising steps; the default fits nano", 10)

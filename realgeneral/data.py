@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, Sampler
 
 from realgeneral.bases import folder_fingerprint
 from realgeneral.buckets import OneSize, Order, Size
-from realgeneral.embedding import subject_span_mask
+from realgeneral.embedding import cut_prompt, subject_span_mask
 from realgeneral.errors import Failure
 from realgeneral.pictures import fit_picture, to_pixels
 from realgeneral.records import Picture, Record, Source
@@ -101,20 +101,29 @@ def variant_seed(name: str, variant: int) -> int:
 
 
 class TextCheck:
-    """Failure for a row whose prompt is longer than the text window or does not name its subject."""
+    """Failure for a row whose prompt is longer than the text window, unless it is to be cut, or does not name its subject."""
 
-    def __init__(self, tokenizer: Any, window: int) -> None:
-        self.tokenizer, self.window = tokenizer, window
+    def __init__(self, tokenizer: Any, window: int, truncate: bool = False) -> None:
+        self.tokenizer, self.window, self.truncate = tokenizer, window, truncate
 
-    def __call__(self, row: Record) -> None:
-        """Check one row."""
-        length = len(self.tokenizer(row.prompt).input_ids)
-        if length > self.window:
-            raise Failure(f"{row.name} must have a prompt of at most {self.window} tokens, got {length}: {row.prompt[:60]!r}")
+    def tokens(self, prompt: str) -> int:
+        """Length of a prompt."""
+        return len(self.tokenizer(prompt).input_ids)
+
+    def __call__(self, row: Record) -> Record:
+        """The row, with its prompt cut if that was asked for."""
+        if self.truncate:
+            row = replace(row, prompt=cut_prompt(self.tokenizer, row.prompt, self.window))
+        if (length := self.tokens(row.prompt)) > self.window:
+            raise Failure(
+                f"{row.name} must have a prompt of at most {self.window} tokens, got {length}: {row.prompt[:60]!r}; "
+                "--truncate-prompts cuts it"
+            )
         try:
             subject_span_mask(self.tokenizer, [row.prompt], [row.subject], self.window)
         except ValueError as error:
             raise Failure(f"{row.name}: {error}") from None
+        return row
 
 
 class PairDataset(Dataset[Sample]):
@@ -127,7 +136,7 @@ class PairDataset(Dataset[Sample]):
         size: (width, height) in pixels.
         seed: Seed of order, tasks and conditions.
         strict: Raise at a bad row instead of taking the next one.
-        check: Called with each record; raises Failure for a bad one.
+        check: Called with each record; gives what is to be trained on, or raises Failure for a bad one.
         order: Rows and sizes of the samples; default: every row once per epoch at `size`.
         variants: Draws of what is random per row; 0 = a new one each time.
         store: Take latents from here instead of making pixels; `variants` must be the store's.
@@ -141,7 +150,7 @@ class PairDataset(Dataset[Sample]):
         size: Size,
         seed: int,
         strict: bool,
-        check: Callable[[Record], None] | None = None,
+        check: Callable[[Record], Record] | None = None,
         *,
         order: Order | None = None,
         variants: int = 0,
@@ -174,7 +183,7 @@ class PairDataset(Dataset[Sample]):
         drawn = variant_seed(self.source.row_name(index), seed % self.variants) if self.variants else seed
         record = self.source.record(index, drawn)
         if self.check is not None:
-            self.check(record)
+            record = self.check(record)
         task = self._task(record, seed)
         try:
             target = Fitted(record.target, size or self.size)

@@ -74,7 +74,7 @@ def training_dataset(config: TrainConfig, pipe: RealGeneralPipeline, tasks: Sequ
             raise UsageError(f"variants must be those of the store, {store.settings.variants}, got {variants}")
         variants = store.settings.variants
     order = run_order(config, pipe, source, config.batch_size, config.seed)
-    check = TextCheck(pipe.tokenizer, pipe.transformer.config.max_text_seq_length)
+    check = TextCheck(pipe.tokenizer, pipe.transformer.config.max_text_seq_length, config.truncate_prompts)
     size = picture_size(config, pipe)
     return PairDataset(
         source, tasks, config.task_weights, size, config.seed, config.strict, check, order=order, variants=variants, store=store

@@ -386,4 +386,5 @@ class RealGeneralPipeline(CogVideoXPipeline):
         for prompt in prompts:
             length = len(self.tokenizer(prompt).input_ids)
             if length > window:
-                raise UsageError(f"prompt must have at most {window} tokens, got {length}: {prompt[:60]!r}")
+                told = f"prompt must have at most {window} tokens, got {length}: {prompt[:60]!r}"
+                raise UsageError(f"{told}; --truncate-prompts cuts it")

@@ -92,7 +92,7 @@ class RowsToEncode(Dataset[RowWork]):
                 target = Fitted(record.target, size)  # decoded once for all that is made of it
             if variant == 0:
                 if self.pairs.check is not None:
-                    self.pairs.check(record)
+                    record = self.pairs.check(record)
                 work.prompt = record.prompt
             for task, weight in self.pairs.choices(record):
                 if weight and (variant == 0 or task.seeded or source.seeded):
@@ -123,7 +123,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
     pipe = load_for_data(config.base)
     window = pipe.transformer.config.max_text_seq_length
     order = run_order(config, pipe, source, batch_size=1, seed=0)
-    check = TextCheck(pipe.tokenizer, window)
+    check = TextCheck(pipe.tokenizer, window, config.truncate_prompts)
     tasks = run_tasks(config.tasks, config.data)
     pairs = PairDataset(source, tasks, [], picture_size(config, pipe), 0, True, check, order=order)
     settings = StoreSettings(*fingerprints(config.base), encoder_dtype(config.mixed_precision), window, config.variants)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from realgeneral.adapter import library_versions, read_adapter_info
 from realgeneral.config import EvaluateConfig
+from realgeneral.embedding import cut_prompt
 from realgeneral.encoders import loading
 from realgeneral.errors import Failure, UsageError
 from realgeneral.metrics import Score, frechet_distance
@@ -44,6 +45,9 @@ def run_protocol(config: EvaluateConfig) -> dict[str, dict[str, Score]]:
     new_scorer = scorers(config, task, device)  # before the hours of generation: its models may be missing
     pipe = open_pipeline(config, device)
     height, width = pipe._size(config.height or None, config.width or None)
+    if config.truncate_prompts:
+        window = pipe.transformer.config.max_text_seq_length
+        cases = [replace(case, prompt=cut_prompt(pipe.tokenizer, case.prompt, window)) for case in cases]
     generator = CaseGenerator(pipe, task, config, (width, height), output / "images")
     try:
         generator.folder.mkdir(parents=True, exist_ok=True)
