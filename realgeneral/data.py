@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from realgeneral.buckets import OneSize, Order, Size
 from realgeneral.embedding import cut_prompt, subject_span_mask
 from realgeneral.errors import Failure
 from realgeneral.pictures import fit_picture, to_pixels
-from realgeneral.records import Picture, Record, Source
+from realgeneral.records import Picture, Record, Source, file_stamp
 from realgeneral.store import Store, StoreFailure
 from realgeneral.tasks import Task, get_task
 
@@ -92,7 +92,15 @@ class Part:
 def task_fingerprint(task: Task) -> str:
     """The task with all its options; of a depth model in a folder, its files too."""
     model = getattr(task, "model", "")
-    return f"{task!r} {folder_fingerprint(Path(model))}" if model and Path(model).is_dir() else repr(task)
+    if not model or not Path(model).is_dir():
+        return repr(task)
+    return f"{task!r} {_model_fingerprint(Path(model), file_stamp(sorted(p for p in Path(model).rglob('*') if p.is_file())))}"
+
+
+@lru_cache(maxsize=16)
+def _model_fingerprint(folder: Path, stamp: str) -> str:
+    # asked for with every sample, but its files are read again only if their stamp changed
+    return folder_fingerprint(folder)
 
 
 def variant_seed(name: str, variant: int) -> int:

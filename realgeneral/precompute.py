@@ -130,6 +130,8 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
     writer = StoreWriter(Path(config.output), settings, f"{part:03d}-of-{count:03d}", config.shard_megabytes * 2**20)
 
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a depth model of a task takes it too
     load_encoders(pipe, config.base, getattr(torch, settings.dtype), device)
     rows = range(part * len(source) // count, (part + 1) * len(source) // count)
     work = DataLoader(RowsToEncode(pairs, rows, writer.store), None, num_workers=config.num_workers)

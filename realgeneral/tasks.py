@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, ClassVar
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from torch.utils.data import get_worker_info
 
 # OpenCV's thread pool does not survive a fork: Canny in a data loader's worker could wait for ever for threads of its parent
 cv2.setNumThreads(0)
@@ -119,7 +122,7 @@ class _DepthTask(Task):
             raise ValueError(
                 f"task {self.name!r} needs a depth model or a supplied image, as in '{self.name}:model=HUB_ID_OR_FOLDER'"
             )
-        return _depth_estimator(self.model)(picture)["depth"].convert("RGB").resize(picture.size)
+        return _depth_estimator(self.model, estimator_device())(picture)["depth"].convert("RGB").resize(picture.size)
 
 
 @register
@@ -234,12 +237,18 @@ def mask_out(picture: Image.Image, mask: Image.Image) -> Image.Image:
     return Image.composite(Image.new("RGB", picture.size), picture.convert("RGB"), mask.convert("L"))
 
 
-_ESTIMATORS: dict[str, Any] = {}
+def estimator_device() -> torch.device:
+    """Where this process runs depth models: on its own GPU, in a data-loading process on the CPU.
+
+    A worker that was forked cannot use CUDA once its parent has.
+    """
+    if get_worker_info() is not None or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
-def _depth_estimator(model: str) -> Any:
-    if model not in _ESTIMATORS:
-        from transformers import pipeline
+@cache
+def _depth_estimator(model: str, device: torch.device) -> Any:
+    from transformers import pipeline
 
-        _ESTIMATORS[model] = pipeline("depth-estimation", model=model)
-    return _ESTIMATORS[model]
+    return pipeline("depth-estimation", model=model, device=device)

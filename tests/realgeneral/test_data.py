@@ -19,11 +19,13 @@ from PIL import Image
 from test_pictures import bomb, encoded
 from torch.utils.data import DataLoader
 
+from realgeneral import data as data_module
 from realgeneral.data import PairDataset, RunSampler, TextCheck
 from realgeneral.errors import Failure, UsageError
 from realgeneral.nano.pairs import NANO_TASKS, TARGET_STYLES, NanoSource
 from realgeneral.objective import collate
 from realgeneral.sources import open_source
+from realgeneral.tasks import get_task
 
 SIZE = (32, 16)
 Rows = list[dict[str, Any]]
@@ -545,3 +547,14 @@ def test_nano_rows() -> None:
     assert held_out.row(3, 1).target.tobytes() == held_out.row(3, 2).target.tobytes()
     data = PairDataset(source, NANO_TASKS, [], (64, 64), 0, strict=True)
     assert {data[n].task for n in range(80)} == {spec.partition(":")[0] for spec in NANO_TASKS}
+
+
+def test_a_depth_models_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for every sample, but again when they change."""
+    read = []
+    monkeypatch.setattr(data_module, "folder_fingerprint", lambda folder: read.append(folder) or f"hash {len(read)}")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    task = get_task(f"depth:model={tmp_path}")
+    assert len({data_module.task_fingerprint(task) for _ in range(3)}) == len(read) == 1
+    (tmp_path / "model.safetensors").write_bytes(b"xy")
+    assert data_module.task_fingerprint(task).endswith("hash 2")
