@@ -18,7 +18,7 @@ from realgeneral.bases import load_for_data
 from realgeneral.buckets import Bucketed, OneSize, Shape, Size
 from realgeneral.config import CheckDataConfig
 from realgeneral.data import PairDataset, TextCheck
-from realgeneral.errors import Failure
+from realgeneral.errors import Failure, from_workers
 from realgeneral.loading import describe, picture_size, run_buckets, run_tasks
 from realgeneral.records import Record, Source
 from realgeneral.sources import open_source
@@ -105,7 +105,8 @@ def check_data(config: CheckDataConfig) -> dict[str, Any]:
     check, tasks = TextCheck(pipe.tokenizer, window, config.truncate_prompts), run_tasks(config.tasks, config.data)
     pairs = PairDataset(source, tasks, [], size, 0, True, check, order=OneSize(source.blocks, 0, size))
     rows = DataLoader(RowsToCheck(pairs, not config.headers_only), None, num_workers=config.num_workers)
-    found = list(tqdm(rows, desc="check", unit="row", file=sys.stderr))
+    with from_workers():
+        found = list(tqdm(rows, desc="check", unit="row", file=sys.stderr))
     report = summary(found, source, buckets or (size,), config.batch_size, window)
     print(as_text(report, config.data))
     if config.report:

@@ -59,7 +59,7 @@ class DataSettings:
 class TrainConfig(DataSettings):
     """LoRA training of a RealGeneral adapter on a frozen CogVideoX, nano or real."""
 
-    task_weights: list[float] = _opt("relative frequency of each task; default: equal", many=())
+    task_weights: list[float] = _opt("relative frequency of each task, for rows that name none; default: equal", many=())
     output: str = _opt("folder for checkpoints, samples, logs and the final adapter", "outputs/train")
     preset: Literal["paper", "cached", "open"] = _opt("how condition tokens take part", "cached")
     precomputed: str = _opt("folder of realgeneral precompute: VAE and text encoder are not loaded", "")
@@ -139,6 +139,8 @@ class TrainConfig(DataSettings):
             raise UsageError(f"task_weights must have one entry per task ({len(self.tasks)}), got {len(self.task_weights)}")
         if self.task_weights and (min(self.task_weights) < 0 or not sum(self.task_weights) > 0):
             raise UsageError(f"task_weights must not be negative and not all 0, got {self.task_weights}")
+        if self.task_weights and len(self.tasks) == 1:
+            raise UsageError(f"task_weights must come with several tasks, got {self.task_weights} for {self.tasks[0]} alone")
 
 
 # settings that may differ between a run and its continuation without changing what is learned from the next batch; the samples

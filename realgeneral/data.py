@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, Sampler
 from realgeneral.bases import folder_fingerprint
 from realgeneral.buckets import OneSize, Order, Size
 from realgeneral.embedding import cut_prompt, subject_span_mask
-from realgeneral.errors import Failure
+from realgeneral.errors import Failure, UsageError
 from realgeneral.pictures import fit_picture, to_pixels
 from realgeneral.records import Picture, Record, Source, file_stamp
 from realgeneral.store import Store, StoreFailure
@@ -140,7 +140,7 @@ class PairDataset(Dataset[Sample]):
     Args:
         source: Rows.
         tasks: Specs to choose from for rows that do not name one.
-        weights: Relative frequency of each task; empty = equal.
+        weights: Relative frequency of each task, for those rows; empty = equal.
         size: (width, height) in pixels.
         seed: Seed of order, tasks and conditions.
         strict: Raise at a bad row instead of taking the next one.
@@ -214,14 +214,19 @@ class PairDataset(Dataset[Sample]):
         return [made, Part(target, task, "condition", seed)]
 
     def choices(self, record: Record) -> list[tuple[Task, float]]:
-        """The tasks that a row can be of, with their weights; Failure if there is none."""
+        """The tasks that a row can be of, with their weights; Failure if there is none, UsageError if it should be named."""
         if record.task is not None:
             if record.task not in self.by_name:
                 raise Failure(f"{record.name}: task must be one of {sorted(self.by_name)}, got {record.task!r}")
             return [(self.by_name[record.task], 1.0)]
-        # a row with a condition and no task is of the first task; otherwise one whose condition can be had
         if record.conditions:
+            if len(self.tasks) > 1:
+                raise UsageError(
+                    f"{record.name} must name its task (column task), since it has its own condition and tasks are "
+                    f"{sorted(self.by_name)}, got none"
+                )
             return [(self.tasks[0], 1.0)]
+        # one whose condition can be had
         able = [w if task.derives or record.reference else 0.0 for task, w in zip(self.tasks, self.weights, strict=True)]
         if not any(able):
             raise Failure(f"{record.name} must have a condition, since none of {sorted(self.by_name)} derives one")

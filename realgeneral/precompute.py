@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from realgeneral.bases import fingerprints, load_encoders, load_for_data
 from realgeneral.config import PrecomputeConfig
 from realgeneral.data import Fitted, PairDataset, Part, TextCheck, variant_seed
-from realgeneral.errors import Failure, UsageError
+from realgeneral.errors import Failure, UsageError, from_workers
 from realgeneral.loading import encoder_dtype, picture_size, run_order, run_tasks
 from realgeneral.objective import TextCache, encode_pictures
 from realgeneral.pictures import to_pixels
@@ -138,14 +138,15 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
     encoder = _Encoder(pipe, writer, device)
     bad: list[str] = []
     encoder.text("")  # prompts are dropped in training
-    for row in tqdm(work, desc=f"precompute {part}/{count}", unit="row", file=sys.stderr):
-        encoder.row(row)
-        if row.problem is not None:
-            bad.append(row.problem)
-            if config.strict:
-                writer.flush()
-                raise Failure(row.problem)
-            print(f"bad row: {row.problem}", flush=True)
+    with from_workers():
+        for row in tqdm(work, desc=f"precompute {part}/{count}", unit="row", file=sys.stderr):
+            encoder.row(row)
+            if row.problem is not None:
+                bad.append(row.problem)
+                if config.strict:
+                    writer.flush()
+                    raise Failure(row.problem)
+                print(f"bad row: {row.problem}", flush=True)
     writer.flush()
     return {"encoded": writer.written, "kept": len(encoder.used) - writer.written, "rows": len(rows), "bad": bad}
 

@@ -37,6 +37,7 @@ def config(bases: dict[str, Path], tmp_path: Path) -> Callable[..., TrainConfig]
         {"target": encoded(make_photo(*shape, i)), "prompt": "a red pot"} for i, shape in enumerate(shapes)
     ]
     listed[0]["condition"], listed[3]["condition"] = [picture(20), picture(21)], [picture(22)]
+    listed[0]["task"] = listed[3]["task"] = "canny"
     data = write_folder(tmp_path / "data", listed)
 
     def make(output: str, **changes: Any) -> TrainConfig:
