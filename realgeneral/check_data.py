@@ -95,7 +95,7 @@ def check_data(config: CheckDataConfig) -> dict[str, Any]:
         The report.
 
     Raises:
-        Failure: At least one row is bad, or the data cannot be opened.
+        Failure: At least one row is bad, training would stop at a batch, or the data cannot be opened.
         UsageError: A setting does not fit the base.
     """
     source = open_source(config.data, config.columns)
@@ -107,18 +107,29 @@ def check_data(config: CheckDataConfig) -> dict[str, Any]:
     rows = DataLoader(RowsToCheck(pairs, not config.headers_only), None, num_workers=config.num_workers)
     with from_workers():
         found = list(tqdm(rows, desc="check", unit="row", file=sys.stderr))
-    report = summary(found, source, buckets or (size,), config.batch_size, window)
+    # without buckets nothing is grouped: an epoch's last batch goes on with the next epoch's rows
+    report = summary(found, source, buckets or (size,), config.batch_size if buckets else 1, window)
+    stops = mixed_conditions(report) if not buckets and config.batch_size > 1 else ""
     print(as_text(report, config.data))
     if config.report:
         _write(Path(config.report), {"config": asdict(config), **report})
     bad = report["bad_rows"]
-    if bad:
-        raise Failure(f"{len(bad)} of {len(found)} rows of {config.data} are bad; training skips them, or stops with --strict")
+    told = f"{len(bad)} of {len(found)} rows of {config.data} are bad; training skips them, or stops with --strict"
+    if bad or stops:
+        raise Failure("; ".join(filter(None, [told if bad else "", stops])))
     return report
 
 
+def mixed_conditions(report: dict[str, Any]) -> str:
+    """Why training without buckets would stop, if rows differ in their number of conditions."""
+    counts = sorted(map(int, report["conditions"]))
+    if len(counts) < 2:
+        return ""
+    return f"rows of one batch must have the same number of conditions, got {counts}: training stops without --buckets"
+
+
 def summary(found: list[Finding], source: Source, sizes: tuple[Size, ...], batch_size: int, window: int) -> dict[str, Any]:
-    """The report as JSON types."""
+    """The report as JSON types; batches of one size and number of conditions are filled up to `batch_size`."""
     good = [f for f in found if f.problem is None]
     shapes = [Shape(*f.size, f.conditions) if f.size else None for f in found]
     order = Bucketed(shapes, sizes, source.blocks, batch_size, 0)

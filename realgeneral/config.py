@@ -275,9 +275,9 @@ class PrecomputeConfig(DataSettings):
 
 @dataclass(frozen=True)
 class CheckDataConfig(DataSettings):
-    """Read a whole data set and report what training would meet; exit status 1 if a row is bad."""
+    """Read a whole data set and report what training would meet; exit status 1 if a row is bad or training would stop."""
 
-    batch_size: int = _opt("as in training: rows that fill up the last batch of a bucket are counted", 8)
+    batch_size: int = _opt("as in training: rows that fill up the last batch of a bucket are counted, with --buckets", 8)
     headers_only: bool = _opt("do not decode the pictures: much faster, but a truncated one is not found", False)
     report: str = _opt("also write the report as JSON", "")
 
