@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from realgeneral.adapter import LORA_TARGETS
@@ -217,6 +217,18 @@ class DemoConfig:
             raise UsageError(f"train_steps must not be negative, got {self.train_steps}")
 
 
+_SPATIAL = ("canny", "depth")
+_FOLDERS = ("customization", *_SPATIAL)
+# options of evaluate without effect in other protocols
+ONLY_FOR = {
+    **dict.fromkeys(("tasks", "concepts", "split"), ("nano",)),
+    **dict.fromkeys("data images_per_prompt limit truncate_prompts height width dtype offload".split(), _FOLDERS),
+    **dict.fromkeys(("columns", "fid_features"), _SPATIAL),
+    **dict.fromkeys(("clip", "dino"), ("customization",)),
+    "depth_model": ("depth",),
+}
+
+
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Scores of an adapter: the emoji table of nano, or one of the paper's protocols on a folder (docs/evaluation.md)."""
@@ -229,6 +241,7 @@ class EvaluateConfig:
     concepts: int = _opt("nano: concepts per task", 150)
     split: Literal["held_out", "train"] = _opt("nano: which concepts; choose settings on train, report held_out", "held_out")
     data: str = _opt("DreamBench-shaped folder (customization), COCO-shaped folder or training data (canny, depth)", "")
+    columns: list[str] = _opt(f"canny, depth: as in training, {COLUMNS_HELP}", many=())
     clip: str = _opt("customization: CLIP model (folder or hub id) of CLIP-I and CLIP-T", "")
     dino: str = _opt("customization: image model (folder or hub id) of the DINO score", "")
     depth_model: str = _opt("depth: transformers depth model (folder or hub id) of the condition and of the MSE", "")
@@ -253,6 +266,12 @@ class EvaluateConfig:
         _check_at_least_one(self, "concepts", "steps", "batch_size", "images_per_prompt")
         if self.limit < 0:
             raise UsageError(f"limit must not be negative, got {self.limit}")
+        for item in fields(self):
+            protocols = ONLY_FOR.get(item.name, (self.protocol,))
+            unset = item.default_factory() if item.default_factory is not MISSING else item.default
+            if self.protocol not in protocols and getattr(self, item.name) != unset:
+                option = f"--{item.name.replace('_', '-')}"
+                raise UsageError(f"{option} must come with --protocol {' or '.join(protocols)}, got --protocol {self.protocol}")
 
 
 @dataclass(frozen=True)
