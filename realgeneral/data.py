@@ -26,7 +26,7 @@ from realgeneral.errors import Failure, UsageError
 from realgeneral.pictures import fit_picture, to_pixels
 from realgeneral.records import Picture, Record, Source, file_stamp
 from realgeneral.store import Store, StoreFailure
-from realgeneral.tasks import Task, get_task
+from realgeneral.tasks import DepthTask, Task, depth_revision, get_task
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,17 @@ class Part:
 
 
 def task_fingerprint(task: Task) -> str:
-    """The task with all its options; of a depth model in a folder, its files too."""
-    model = getattr(task, "model", "")
-    if not model or not Path(model).is_dir():
+    """The task with all its options; of a depth model, its files too, or its commit on the hub.
+
+    Raises:
+        UsageError: The commit cannot be known.
+    """
+    if not isinstance(task, DepthTask) or not task.model:
         return repr(task)
-    return f"{task!r} {_model_fingerprint(Path(model), file_stamp(sorted(p for p in Path(model).rglob('*') if p.is_file())))}"
+    folder = Path(task.model)
+    if not folder.is_dir():
+        return f"{task!r} {depth_revision(task.model)}"
+    return f"{task!r} {_model_fingerprint(folder, file_stamp(sorted(p for p in folder.rglob('*') if p.is_file())))}"
 
 
 @lru_cache(maxsize=16)
@@ -170,6 +176,9 @@ class PairDataset(Dataset[Sample]):
         self.weights = list(weights) or [1.0] * len(self.tasks)
         self.order: Order = order or OneSize(source.blocks, seed, size)
         self.variants, self.store = variants, store
+        for task in self.tasks:
+            if isinstance(task, DepthTask) and task.model:
+                depth_revision(task.model)  # that there is no such model is no row's fault
 
     def __getitem__(self, n: int) -> Sample:
         rng = random.Random(f"{self.seed}/{n}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import cv2
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch.utils.data import get_worker_info
+
+from realgeneral.errors import UsageError
 
 # OpenCV's thread pool does not survive a fork: Canny in a data loader's worker could wait for ever for threads of its parent
 cv2.setNumThreads(0)
@@ -105,7 +108,7 @@ class Canny(Task):
 
 
 @dataclass(frozen=True)
-class _DepthTask(Task):
+class DepthTask(Task):
     """Shared by both depth directions: a transformers depth-estimation pipeline that the user names."""
 
     seeded = False
@@ -127,7 +130,7 @@ class _DepthTask(Task):
 
 @register
 @dataclass(frozen=True)
-class Depth(_DepthTask):
+class Depth(DepthTask):
     """Depth map to image."""
 
     name = "depth"
@@ -139,7 +142,7 @@ class Depth(_DepthTask):
 
 @register
 @dataclass(frozen=True)
-class ImageToDepth(_DepthTask):
+class ImageToDepth(DepthTask):
     """Image to depth map."""
 
     name = "image-to-depth"
@@ -248,7 +251,26 @@ def estimator_device() -> torch.device:
 
 
 @cache
+def depth_revision(model: str) -> str | None:
+    """The commit of a depth model on the hub, as cached here or, with a network, as the newest; None for a folder.
+
+    Raises:
+        UsageError: It can be neither reached nor found in the cache.
+    """
+    if Path(model).is_dir():
+        return None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "config.json")).parent.name
+    except (OSError, ValueError) as error:  # its own errors derive from these
+        told = " ".join(str(error).split())
+        raise UsageError(f"depth model must be a folder or a hub id that can be had, got {model}: {told}") from None
+
+
+@cache
 def _depth_estimator(model: str, device: torch.device) -> Any:
     from transformers import pipeline
 
-    return pipeline("depth-estimation", model=model, device=device)
+    # of the very commit that keys of stored pictures name
+    return pipeline("depth-estimation", model=model, revision=depth_revision(model), device=device)

@@ -25,7 +25,7 @@ from realgeneral.errors import Failure, UsageError, from_workers
 from realgeneral.nano.pairs import NANO_TASKS, TARGET_STYLES, NanoSource
 from realgeneral.objective import collate
 from realgeneral.sources import open_source
-from realgeneral.tasks import get_task
+from realgeneral.tasks import depth_revision, get_task
 
 SIZE = (32, 16)
 Rows = list[dict[str, Any]]
@@ -576,3 +576,23 @@ def test_a_depth_models_files_are_hashed_once(tmp_path: Path, monkeypatch: pytes
     assert len({data_module.task_fingerprint(task) for _ in range(3)}) == len(read) == 1
     (tmp_path / "model.safetensors").write_bytes(b"xy")
     assert data_module.task_fingerprint(task).endswith("hash 2")
+
+
+def test_a_depth_model_of_the_hub_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new commit is another fingerprint; without network and cache there is none, which no row is blamed for."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    task, found = get_task("depth:model=owner/depth"), []
+    folder = tmp_path / "models--owner--depth"
+    for commit in ("a" * 40, "b" * 40):
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        (folder / "snapshots" / commit / "config.json").write_text("{}")
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / "main").write_text(commit)
+        depth_revision.cache_clear()
+        found.append(data_module.task_fingerprint(task))
+        assert found[-1].endswith(f" {commit}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    depth_revision.cache_clear()
+    path = write_folder(tmp_path / "d", good_rows(1))
+    with pytest.raises(UsageError, match="depth model must be a folder or a hub id that can be had, got owner/depth: "):
+        dataset(path, ("depth:model=owner/depth",))

@@ -30,16 +30,19 @@ def estimator(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """A depth-estimation pipeline that answers with a ramp; the models that were asked for."""
     asked: list[str] = []
 
-    def pipeline(kind: str, model: str, device: torch.device) -> Any:
+    def pipeline(kind: str, model: str, revision: str | None, device: torch.device) -> Any:
         assert kind == "depth-estimation"
-        asked.append(model)
+        asked.append(f"{model} {revision}")
         ramp = np.linspace(0, 255, 10, dtype=np.uint8)[None].repeat(5, 0)
         return lambda picture: {"depth": Image.fromarray(ramp)}
 
     monkeypatch.setattr("transformers.pipeline", pipeline)
-    tasks._depth_estimator.cache_clear()
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: f"/cache/{name}/snapshots/c0ffee/{file}")
+    for cached in (tasks._depth_estimator, tasks.depth_revision):
+        cached.cache_clear()
     yield asked
-    tasks._depth_estimator.cache_clear()
+    for cached in (tasks._depth_estimator, tasks.depth_revision):
+        cached.cache_clear()
 
 
 def pixels(picture: Image.Image) -> np.ndarray:
@@ -120,7 +123,7 @@ def test_depth_goes_through_the_named_model(photo: Image.Image, estimator: list[
     assert back.condition(photo, 0).tobytes() == photo.tobytes()
     assert back.target(photo, 0).tobytes() == made.tobytes()
     assert depth.derives
-    assert estimator == ["some/model"]
+    assert estimator == ["some/model c0ffee"]
 
 
 class _Devices(Dataset[str]):
