@@ -20,6 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from realgeneral.errors import Failure, UsageError
+from realgeneral.layout import NEWER_SIDES
 from realgeneral.records import Block, Source
 from realgeneral.tables import WINDOW_BYTES
 
@@ -27,8 +28,6 @@ Size = tuple[int, int]  # width, height
 
 # width / height of a standard list
 RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1.0, 4 / 3, 3 / 2, 16 / 9, 2.0)
-# CogVideoX 1.5 was trained on sides of 768 to 1360 pixels; 768 x 1360 is its standard size
-NEWER_SIDES = (768, 1360)
 
 
 def standard_sizes(width: int, height: int, multiple: int, sides: tuple[int, int] = (0, 2**31)) -> tuple[Size, ...]:

@@ -18,7 +18,7 @@ from realgeneral.bases import load_for_data
 from realgeneral.buckets import Bucketed, OneSize, Shape, Size
 from realgeneral.config import CheckDataConfig
 from realgeneral.data import PairDataset, TextCheck
-from realgeneral.errors import Failure
+from realgeneral.errors import Failure, from_workers
 from realgeneral.loading import describe, picture_size, run_buckets, run_tasks
 from realgeneral.records import Record, Source
 from realgeneral.sources import open_source
@@ -69,12 +69,12 @@ class RowsToCheck(Dataset[Finding]):
             record = self.pairs.source.record(index, 0)
             size = self._pictures(record)
             assert isinstance(self.pairs.check, TextCheck)
-            self.pairs.check(record)
+            tokens = self.pairs.check.tokens(record.prompt)
+            record = self.pairs.check(record)
             tasks = tuple(task.name for task, weight in self.pairs.choices(record) if weight)
             digest = "/".join(
                 [record.target.digest(), *(c.digest() for c in record.conditions), record.task or "", record.prompt]
             )
-            tokens = len(self.pairs.check.tokenizer(record.prompt).input_ids)
         except Failure as error:
             return Finding(name, str(error))
         return Finding(name, None, size, max(1, len(record.conditions)), tasks, tokens, digest)
@@ -95,29 +95,41 @@ def check_data(config: CheckDataConfig) -> dict[str, Any]:
         The report.
 
     Raises:
-        Failure: At least one row is bad, or the data cannot be opened.
+        Failure: At least one row is bad, training would stop at a batch, or the data cannot be opened.
         UsageError: A setting does not fit the base.
     """
     source = open_source(config.data, config.columns)
     pipe = load_for_data(config.base)
     window = pipe.transformer.config.max_text_seq_length
     size, buckets = picture_size(config, pipe), run_buckets(config, pipe)
-    check, tasks = TextCheck(pipe.tokenizer, window), run_tasks(config.tasks, config.data)
+    check, tasks = TextCheck(pipe.tokenizer, window, config.truncate_prompts), run_tasks(config.tasks, config.data)
     pairs = PairDataset(source, tasks, [], size, 0, True, check, order=OneSize(source.blocks, 0, size))
     rows = DataLoader(RowsToCheck(pairs, not config.headers_only), None, num_workers=config.num_workers)
-    found = list(tqdm(rows, desc="check", unit="row", file=sys.stderr))
-    report = summary(found, source, buckets or (size,), config.batch_size, window)
+    with from_workers():
+        found = list(tqdm(rows, desc="check", unit="row", file=sys.stderr))
+    # without buckets nothing is grouped: an epoch's last batch goes on with the next epoch's rows
+    report = summary(found, source, buckets or (size,), config.batch_size if buckets else 1, window)
+    stops = mixed_conditions(report) if not buckets and config.batch_size > 1 else ""
     print(as_text(report, config.data))
     if config.report:
         _write(Path(config.report), {"config": asdict(config), **report})
     bad = report["bad_rows"]
-    if bad:
-        raise Failure(f"{len(bad)} of {len(found)} rows of {config.data} are bad; training skips them, or stops with --strict")
+    told = f"{len(bad)} of {len(found)} rows of {config.data} are bad; training skips them, or stops with --strict"
+    if bad or stops:
+        raise Failure("; ".join(filter(None, [told if bad else "", stops])))
     return report
 
 
+def mixed_conditions(report: dict[str, Any]) -> str:
+    """Why training without buckets would stop, if rows differ in their number of conditions."""
+    counts = sorted(map(int, report["conditions"]))
+    if len(counts) < 2:
+        return ""
+    return f"rows of one batch must have the same number of conditions, got {counts}: training stops without --buckets"
+
+
 def summary(found: list[Finding], source: Source, sizes: tuple[Size, ...], batch_size: int, window: int) -> dict[str, Any]:
-    """The report as JSON types."""
+    """The report as JSON types; batches of one size and number of conditions are filled up to `batch_size`."""
     good = [f for f in found if f.problem is None]
     shapes = [Shape(*f.size, f.conditions) if f.size else None for f in found]
     order = Bucketed(shapes, sizes, source.blocks, batch_size, 0)
@@ -140,6 +152,7 @@ def summary(found: list[Finding], source: Source, sizes: tuple[Size, ...], batch
         "tasks": _counted(task for f in good for task in f.tasks),
         "text_window": window,
         "longest_prompt": max((f.tokens for f in good), default=0),
+        "prompts_cut": sum(f.tokens > window for f in good),
         "duplicates": [names for names in twins.values() if len(names) > 1],
     }
 
@@ -184,7 +197,8 @@ def as_text(report: dict[str, Any], data: str) -> str:
         lines += [f"             {s['size']}  {s['row']}" for s in report["smallest"][:3]]
     lines.append("tasks that rows can be of")
     lines += [f"  {rows:7d}  {task}" for task, rows in report["tasks"].items()]
-    lines.append(f"prompts: the longest has {report['longest_prompt']} of {report['text_window']} tokens")
+    cut = f"; {report['prompts_cut']} are cut" if report["prompts_cut"] else ""
+    lines.append(f"prompts: the longest has {report['longest_prompt']} of {report['text_window']} tokens{cut}")
     if twins:
         lines.append("duplicates (same pictures, task and prompt)")
         lines += _some([f"             {' = '.join(names[:4])}" for names in twins])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from realgeneral.adapter import LORA_TARGETS
@@ -32,6 +32,7 @@ COLUMNS_HELP = (
 BUCKETS_HELP = (
     '"standard" and HEIGHTxWIDTH: batches of one size and number of conditions from mixed pictures; none = one size for all'
 )
+TRUNCATE_HELP = "cut prompts that are longer than the base's text window (nano: 16 tokens); otherwise they are refused"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class DataSettings:
     height: int = _opt("pixels; 0 = the base's own size", 0)
     width: int = _opt("pixels; 0 = the base's own size", 0)
     buckets: list[str] = _opt(BUCKETS_HELP, many=())
+    truncate_prompts: bool = _opt(TRUNCATE_HELP, False)
     num_workers: int = _opt("data-loading processes; 0 = in this one", 0)
     debug: bool = _opt("show the traceback of an error", False)
 
@@ -57,7 +59,7 @@ class DataSettings:
 class TrainConfig(DataSettings):
     """LoRA training of a RealGeneral adapter on a frozen CogVideoX, nano or real."""
 
-    task_weights: list[float] = _opt("relative frequency of each task; default: equal", many=())
+    task_weights: list[float] = _opt("relative frequency of each task, for rows that name none; default: equal", many=())
     output: str = _opt("folder for checkpoints, samples, logs and the final adapter", "outputs/train")
     preset: Literal["paper", "cached", "open"] = _opt("how condition tokens take part", "cached")
     precomputed: str = _opt("folder of realgeneral precompute: VAE and text encoder are not loaded", "")
@@ -137,6 +139,8 @@ class TrainConfig(DataSettings):
             raise UsageError(f"task_weights must have one entry per task ({len(self.tasks)}), got {len(self.task_weights)}")
         if self.task_weights and (min(self.task_weights) < 0 or not sum(self.task_weights) > 0):
             raise UsageError(f"task_weights must not be negative and not all 0, got {self.task_weights}")
+        if self.task_weights and len(self.tasks) == 1:
+            raise UsageError(f"task_weights must come with several tasks, got {self.task_weights} for {self.tasks[0]} alone")
 
 
 # settings that may differ between a run and its continuation without changing what is learned from the next batch; the samples
@@ -170,6 +174,7 @@ class GenerateConfig:
     mask: str = _opt("inpainting: the part of --picture to fill, white", "")
     subject: str = _opt("words of the prompt that name the subject", "")
     negative_prompt: str = _opt("what to avoid", "")
+    truncate_prompts: bool = _opt(TRUNCATE_HELP, False)
     adapter: str = _opt('adapter folder, or "nano"', "nano")
     base: str = _opt('CogVideoX checkpoint (folder or hub id), or "nano"', "nano")
     output: str = _opt("PNG to write; -1, -2, ... are added for more than one image", "outputs/generate.png")
@@ -212,6 +217,18 @@ class DemoConfig:
             raise UsageError(f"train_steps must not be negative, got {self.train_steps}")
 
 
+_SPATIAL = ("canny", "depth")
+_FOLDERS = ("customization", *_SPATIAL)
+# options of evaluate without effect in other protocols
+ONLY_FOR = {
+    **dict.fromkeys(("tasks", "concepts", "split"), ("nano",)),
+    **dict.fromkeys("data images_per_prompt limit truncate_prompts height width dtype offload".split(), _FOLDERS),
+    **dict.fromkeys(("columns", "fid_features"), _SPATIAL),
+    **dict.fromkeys(("clip", "dino"), ("customization",)),
+    "depth_model": ("depth",),
+}
+
+
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Scores of an adapter: the emoji table of nano, or one of the paper's protocols on a folder (docs/evaluation.md)."""
@@ -224,6 +241,7 @@ class EvaluateConfig:
     concepts: int = _opt("nano: concepts per task", 150)
     split: Literal["held_out", "train"] = _opt("nano: which concepts; choose settings on train, report held_out", "held_out")
     data: str = _opt("DreamBench-shaped folder (customization), COCO-shaped folder or training data (canny, depth)", "")
+    columns: list[str] = _opt(f"canny, depth: as in training, {COLUMNS_HELP}", many=())
     clip: str = _opt("customization: CLIP model (folder or hub id) of CLIP-I and CLIP-T", "")
     dino: str = _opt("customization: image model (folder or hub id) of the DINO score", "")
     depth_model: str = _opt("depth: transformers depth model (folder or hub id) of the condition and of the MSE", "")
@@ -233,6 +251,7 @@ class EvaluateConfig:
     )
     images_per_prompt: int = _opt("pictures for each case of a protocol", 1)
     limit: int = _opt("only this many pictures of a protocol, a fixed random choice; 0 = all", 0)
+    truncate_prompts: bool = _opt(f"protocols: {TRUNCATE_HELP}", False)
     height: int = _opt("pixels of a protocol's pictures; 0 = the base's own size", 0)
     width: int = _opt("pixels; 0 = the base's own size", 0)
     steps: int = _opt("denoising steps; the default fits nano", 10)
@@ -247,6 +266,12 @@ class EvaluateConfig:
         _check_at_least_one(self, "concepts", "steps", "batch_size", "images_per_prompt")
         if self.limit < 0:
             raise UsageError(f"limit must not be negative, got {self.limit}")
+        for item in fields(self):
+            protocols = ONLY_FOR.get(item.name, (self.protocol,))
+            unset = item.default_factory() if item.default_factory is not MISSING else item.default
+            if self.protocol not in protocols and getattr(self, item.name) != unset:
+                option = f"--{item.name.replace('_', '-')}"
+                raise UsageError(f"{option} must come with --protocol {' or '.join(protocols)}, got --protocol {self.protocol}")
 
 
 @dataclass(frozen=True)
@@ -269,9 +294,9 @@ class PrecomputeConfig(DataSettings):
 
 @dataclass(frozen=True)
 class CheckDataConfig(DataSettings):
-    """Read a whole data set and report what training would meet; exit status 1 if a row is bad."""
+    """Read a whole data set and report what training would meet; exit status 1 if a row is bad or training would stop."""
 
-    batch_size: int = _opt("as in training: rows that fill up the last batch of a bucket are counted", 8)
+    batch_size: int = _opt("as in training: rows that fill up the last batch of a bucket are counted, with --buckets", 8)
     headers_only: bool = _opt("do not decode the pictures: much faster, but a truncated one is not found", False)
     report: str = _opt("also write the report as JSON", "")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from torch.utils.data import Dataset, Sampler
 
 from realgeneral.bases import folder_fingerprint
 from realgeneral.buckets import OneSize, Order, Size
-from realgeneral.embedding import subject_span_mask
-from realgeneral.errors import Failure
+from realgeneral.embedding import cut_prompt, subject_span_mask
+from realgeneral.errors import Failure, UsageError
 from realgeneral.pictures import fit_picture, to_pixels
-from realgeneral.records import Picture, Record, Source
+from realgeneral.records import Picture, Record, Source, file_stamp
 from realgeneral.store import Store, StoreFailure
-from realgeneral.tasks import Task, get_task
+from realgeneral.tasks import DepthTask, Task, depth_revision, get_task
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,23 @@ class Part:
 
 
 def task_fingerprint(task: Task) -> str:
-    """The task with all its options; of a depth model in a folder, its files too."""
-    model = getattr(task, "model", "")
-    return f"{task!r} {folder_fingerprint(Path(model))}" if model and Path(model).is_dir() else repr(task)
+    """The task with all its options; of a depth model, its files too, or its commit on the hub.
+
+    Raises:
+        UsageError: The commit cannot be known.
+    """
+    if not isinstance(task, DepthTask) or not task.model:
+        return repr(task)
+    folder = Path(task.model)
+    if not folder.is_dir():
+        return f"{task!r} {depth_revision(task.model)}"
+    return f"{task!r} {_model_fingerprint(folder, file_stamp(sorted(p for p in folder.rglob('*') if p.is_file())))}"
+
+
+@lru_cache(maxsize=16)
+def _model_fingerprint(folder: Path, stamp: str) -> str:
+    # asked for with every sample, but its files are read again only if their stamp changed
+    return folder_fingerprint(folder)
 
 
 def variant_seed(name: str, variant: int) -> int:
@@ -101,20 +115,29 @@ def variant_seed(name: str, variant: int) -> int:
 
 
 class TextCheck:
-    """Failure for a row whose prompt is longer than the text window or does not name its subject."""
+    """Failure for a row whose prompt is longer than the text window, unless it is to be cut, or does not name its subject."""
 
-    def __init__(self, tokenizer: Any, window: int) -> None:
-        self.tokenizer, self.window = tokenizer, window
+    def __init__(self, tokenizer: Any, window: int, truncate: bool = False) -> None:
+        self.tokenizer, self.window, self.truncate = tokenizer, window, truncate
 
-    def __call__(self, row: Record) -> None:
-        """Check one row."""
-        length = len(self.tokenizer(row.prompt).input_ids)
-        if length > self.window:
-            raise Failure(f"{row.name} must have a prompt of at most {self.window} tokens, got {length}: {row.prompt[:60]!r}")
+    def tokens(self, prompt: str) -> int:
+        """Length of a prompt."""
+        return len(self.tokenizer(prompt).input_ids)
+
+    def __call__(self, row: Record) -> Record:
+        """The row, with its prompt cut if that was asked for."""
+        if self.truncate:
+            row = replace(row, prompt=cut_prompt(self.tokenizer, row.prompt, self.window))
+        if (length := self.tokens(row.prompt)) > self.window:
+            raise Failure(
+                f"{row.name} must have a prompt of at most {self.window} tokens, got {length}: {row.prompt[:60]!r}; "
+                "--truncate-prompts cuts it"
+            )
         try:
             subject_span_mask(self.tokenizer, [row.prompt], [row.subject], self.window)
         except ValueError as error:
             raise Failure(f"{row.name}: {error}") from None
+        return row
 
 
 class PairDataset(Dataset[Sample]):
@@ -123,11 +146,11 @@ class PairDataset(Dataset[Sample]):
     Args:
         source: Rows.
         tasks: Specs to choose from for rows that do not name one.
-        weights: Relative frequency of each task; empty = equal.
+        weights: Relative frequency of each task, for those rows; empty = equal.
         size: (width, height) in pixels.
         seed: Seed of order, tasks and conditions.
         strict: Raise at a bad row instead of taking the next one.
-        check: Called with each record; raises Failure for a bad one.
+        check: Called with each record; gives what is to be trained on, or raises Failure for a bad one.
         order: Rows and sizes of the samples; default: every row once per epoch at `size`.
         variants: Draws of what is random per row; 0 = a new one each time.
         store: Take latents from here instead of making pixels; `variants` must be the store's.
@@ -141,7 +164,7 @@ class PairDataset(Dataset[Sample]):
         size: Size,
         seed: int,
         strict: bool,
-        check: Callable[[Record], None] | None = None,
+        check: Callable[[Record], Record] | None = None,
         *,
         order: Order | None = None,
         variants: int = 0,
@@ -153,6 +176,9 @@ class PairDataset(Dataset[Sample]):
         self.weights = list(weights) or [1.0] * len(self.tasks)
         self.order: Order = order or OneSize(source.blocks, seed, size)
         self.variants, self.store = variants, store
+        for task in self.tasks:
+            if isinstance(task, DepthTask) and task.model:
+                depth_revision(task.model)  # that there is no such model is no row's fault
 
     def __getitem__(self, n: int) -> Sample:
         rng = random.Random(f"{self.seed}/{n}")
@@ -174,7 +200,7 @@ class PairDataset(Dataset[Sample]):
         drawn = variant_seed(self.source.row_name(index), seed % self.variants) if self.variants else seed
         record = self.source.record(index, drawn)
         if self.check is not None:
-            self.check(record)
+            record = self.check(record)
         task = self._task(record, seed)
         try:
             target = Fitted(record.target, size or self.size)
@@ -197,14 +223,19 @@ class PairDataset(Dataset[Sample]):
         return [made, Part(target, task, "condition", seed)]
 
     def choices(self, record: Record) -> list[tuple[Task, float]]:
-        """The tasks that a row can be of, with their weights; Failure if there is none."""
+        """The tasks that a row can be of, with their weights; Failure if there is none, UsageError if it should be named."""
         if record.task is not None:
             if record.task not in self.by_name:
                 raise Failure(f"{record.name}: task must be one of {sorted(self.by_name)}, got {record.task!r}")
             return [(self.by_name[record.task], 1.0)]
-        # a row with a condition and no task is of the first task; otherwise one whose condition can be had
         if record.conditions:
+            if len(self.tasks) > 1:
+                raise UsageError(
+                    f"{record.name} must name its task (column task), since it has its own condition and tasks are "
+                    f"{sorted(self.by_name)}, got none"
+                )
             return [(self.tasks[0], 1.0)]
+        # one whose condition can be had
         able = [w if task.derives or record.reference else 0.0 for task, w in zip(self.tasks, self.weights, strict=True)]
         if not any(able):
             raise Failure(f"{record.name} must have a condition, since none of {sorted(self.by_name)} derives one")

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from realgeneral.errors import UsageError
+
 
 class UnifiedConditionEmbedding(nn.Module):
     """x_c = patch(z_c) + E_task[task] + W_s pool(T5[subject span]).
@@ -109,6 +111,25 @@ def subject_span_mask(tokenizer: Any, prompts: Sequence[str], subjects: Sequence
         if not mask[row].any():
             raise ValueError(f"subject must lie within the first {max_length} tokens of the prompt, got {subject!r}")
     return mask
+
+
+def cut_prompt(tokenizer: Any, prompt: str, window: int) -> str:
+    """The start of a prompt that fills the text window: the tokens that stock CogVideoX pipelines, which cut silently, keep.
+
+    Args:
+        tokenizer: A "fast" one, as for `subject_span_mask`.
+        prompt: Any length.
+        window: Length of the text window, end token included.
+
+    Raises:
+        UsageError: A slow tokenizer.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise UsageError("truncate_prompts needs a tokenizer that reports character offsets (is_fast), got a slow one")
+    if len(tokenizer(prompt).input_ids) <= window:
+        return prompt
+    offsets = tokenizer(prompt, truncation=True, max_length=window, return_offsets_mapping=True)["offset_mapping"]
+    return prompt[: max(stop for _, stop in offsets)]
 
 
 def pool_subject(text_embeds: Tensor, mask: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from realgeneral.adapter import read_adapter_info
 from realgeneral.config import GenerateConfig
+from realgeneral.embedding import cut_prompt
 from realgeneral.errors import Failure, UsageError
 from realgeneral.kernels import use_kernels
 from realgeneral.pictures import fit_picture, load_picture, save_picture
@@ -41,12 +42,15 @@ def generate(config: GenerateConfig) -> list[Path]:
         pipe.to(device)
     height, width = pipe._size(config.height or None, config.width or None)
     conditions = pictures or [derive_condition(config, pipe, width, height)]
+    window = pipe.transformer.config.max_text_seq_length
+    texts = [config.prompt, config.negative_prompt]
+    prompt, negative = (cut_prompt(pipe.tokenizer, t, window) for t in texts) if config.truncate_prompts else texts
     images = pipe(
-        config.prompt,
+        prompt,
         conditions,
         task=get_task(config.task).name,
         subject=config.subject or None,
-        negative_prompt=config.negative_prompt or None,
+        negative_prompt=negative or None,
         height=height,
         width=width,
         num_inference_steps=config.steps,

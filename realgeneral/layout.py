@@ -19,6 +19,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from rgkernels import SegmentLayout
 
+# CogVideoX 1.5 was trained on sides of 768 to 1360 pixels; 768 x 1360 is its standard size
+NEWER_SIDES = (768, 1360)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from realgeneral.bases import fingerprints
-from realgeneral.buckets import NEWER_SIDES, Bucketed, OneSize, Order, Size, bucket_sizes, read_shapes
+from realgeneral.buckets import Bucketed, OneSize, Order, Size, bucket_sizes, read_shapes
 from realgeneral.config import DataSettings, TrainConfig
 from realgeneral.data import PairDataset, TextCheck
 from realgeneral.errors import UsageError
@@ -47,11 +47,7 @@ def run_buckets(config: DataSettings, pipe: RealGeneralPipeline) -> tuple[Size, 
     limit = None
     if geometry.patch_size_t:
         limit = min(geometry.sample_height, geometry.sample_width) * pipe.vae_scale_factor_spatial
-    size = picture_size(config, pipe)
-    if limit and not config.height and not config.width and "standard" in config.buckets:
-        # its own sample size is the end of the position table, not what it was trained on
-        size = min(size, NEWER_SIDES[::-1])
-    return bucket_sizes(config.buckets, size, pipe.size_multiple, limit)
+    return bucket_sizes(config.buckets, picture_size(config, pipe), pipe.size_multiple, limit)
 
 
 def run_order(config: DataSettings, pipe: RealGeneralPipeline, source: Source, batch_size: int, seed: int) -> Order:
@@ -78,7 +74,7 @@ def training_dataset(config: TrainConfig, pipe: RealGeneralPipeline, tasks: Sequ
             raise UsageError(f"variants must be those of the store, {store.settings.variants}, got {variants}")
         variants = store.settings.variants
     order = run_order(config, pipe, source, config.batch_size, config.seed)
-    check = TextCheck(pipe.tokenizer, pipe.transformer.config.max_text_seq_length)
+    check = TextCheck(pipe.tokenizer, pipe.transformer.config.max_text_seq_length, config.truncate_prompts)
     size = picture_size(config, pipe)
     return PairDataset(
         source, tasks, config.task_weights, size, config.seed, config.strict, check, order=order, variants=variants, store=store

@@ -21,7 +21,7 @@ from realgeneral.arguments import Conditions, as_list, check_choices, check_coun
 from realgeneral.condition import ConditionCache
 from realgeneral.embedding import pool_subject, subject_span_mask
 from realgeneral.errors import UsageError
-from realgeneral.layout import get_preset
+from realgeneral.layout import NEWER_SIDES, get_preset
 from realgeneral.pictures import fit_picture, to_pixels
 from realgeneral.transformer import RealGeneralTransformer3DModel
 from realgeneral.vae import decode_latents, encode_images
@@ -133,7 +133,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
             task: Name of a task that the transformer knows.
             subject: Words of the prompt that name the subject (customization), one for all or one per prompt.
             negative_prompt: As in diffusers; empty by default.
-            height: Pixels, a multiple of `size_multiple`; default: the base's own size.
+            height: Pixels, a multiple of `size_multiple`; default: the base's own size (1.5: 768 x 1360).
             width: As `height`.
             num_inference_steps: Denoising steps.
             guidance_scale: Classifier-free guidance on the prompt; 1 or less turns it off.
@@ -360,13 +360,16 @@ class RealGeneralPipeline(CogVideoXPipeline):
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         config, factor = self.transformer.config, self.vae_scale_factor_spatial
-        height = config.sample_height * factor if height is None else height
-        width = config.sample_width * factor if width is None else width
+        own = config.sample_height * factor, config.sample_width * factor
+        if config.patch_size_t:
+            # 1.5's sample size is the end of its position table, not what it was trained on
+            own = min(own[0], NEWER_SIDES[0]), min(own[1], NEWER_SIDES[1])
+        height = own[0] if height is None else height
+        width = own[1] if width is None else width
         for name, value in (("height", height), ("width", width)):
             if value < self.size_multiple or value % self.size_multiple:
                 raise UsageError(f"{name} must be a positive multiple of {self.size_multiple}, got {value}")
         if config.patch_size_t:
-            # 1.5's position table ends at the sample size
             for name, value, limit in (("height", height, config.sample_height), ("width", width, config.sample_width)):
                 if value > limit * factor:
                     raise UsageError(f"{name} must be at most {limit * factor}, got {value}")
@@ -383,4 +386,5 @@ class RealGeneralPipeline(CogVideoXPipeline):
         for prompt in prompts:
             length = len(self.tokenizer(prompt).input_ids)
             if length > window:
-                raise UsageError(f"prompt must have at most {window} tokens, got {length}: {prompt[:60]!r}")
+                told = f"prompt must have at most {window} tokens, got {length}: {prompt[:60]!r}"
+                raise UsageError(f"{told}; --truncate-prompts cuts it")

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from realgeneral.bases import fingerprints, load_encoders, load_for_data
 from realgeneral.config import PrecomputeConfig
 from realgeneral.data import Fitted, PairDataset, Part, TextCheck, variant_seed
-from realgeneral.errors import Failure, UsageError
+from realgeneral.errors import Failure, UsageError, from_workers
 from realgeneral.loading import encoder_dtype, picture_size, run_order, run_tasks
 from realgeneral.objective import TextCache, encode_pictures
 from realgeneral.pictures import to_pixels
@@ -92,7 +92,7 @@ class RowsToEncode(Dataset[RowWork]):
                 target = Fitted(record.target, size)  # decoded once for all that is made of it
             if variant == 0:
                 if self.pairs.check is not None:
-                    self.pairs.check(record)
+                    record = self.pairs.check(record)
                 work.prompt = record.prompt
             for task, weight in self.pairs.choices(record):
                 if weight and (variant == 0 or task.seeded or source.seeded):
@@ -123,27 +123,30 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
     pipe = load_for_data(config.base)
     window = pipe.transformer.config.max_text_seq_length
     order = run_order(config, pipe, source, batch_size=1, seed=0)
-    check = TextCheck(pipe.tokenizer, window)
+    check = TextCheck(pipe.tokenizer, window, config.truncate_prompts)
     tasks = run_tasks(config.tasks, config.data)
     pairs = PairDataset(source, tasks, [], picture_size(config, pipe), 0, True, check, order=order)
     settings = StoreSettings(*fingerprints(config.base), encoder_dtype(config.mixed_precision), window, config.variants)
     writer = StoreWriter(Path(config.output), settings, f"{part:03d}-of-{count:03d}", config.shard_megabytes * 2**20)
 
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a depth model of a task takes it too
     load_encoders(pipe, config.base, getattr(torch, settings.dtype), device)
     rows = range(part * len(source) // count, (part + 1) * len(source) // count)
     work = DataLoader(RowsToEncode(pairs, rows, writer.store), None, num_workers=config.num_workers)
     encoder = _Encoder(pipe, writer, device)
     bad: list[str] = []
     encoder.text("")  # prompts are dropped in training
-    for row in tqdm(work, desc=f"precompute {part}/{count}", unit="row", file=sys.stderr):
-        encoder.row(row)
-        if row.problem is not None:
-            bad.append(row.problem)
-            if config.strict:
-                writer.flush()
-                raise Failure(row.problem)
-            print(f"bad row: {row.problem}", flush=True)
+    with from_workers():
+        for row in tqdm(work, desc=f"precompute {part}/{count}", unit="row", file=sys.stderr):
+            encoder.row(row)
+            if row.problem is not None:
+                bad.append(row.problem)
+                if config.strict:
+                    writer.flush()
+                    raise Failure(row.problem)
+                print(f"bad row: {row.problem}", flush=True)
     writer.flush()
     return {"encoded": writer.written, "kept": len(encoder.used) - writer.written, "rows": len(rows), "bad": bad}
 

@@ -117,7 +117,7 @@ class Source(Protocol):
         """How the rows lie in storage."""
 
     def stamp(self) -> str:
-        """Changes when the files do (names, sizes, times); empty if that is not known."""
+        """Changes when the files (names, sizes, times) or the column map do; empty if that is not known."""
 
 
 class BaseSource:

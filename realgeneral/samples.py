@@ -31,7 +31,7 @@ def sample_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInf
 
 def _grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source) -> Image.Image:
     height, width = pipe._size(config.height or None, config.width or None)
-    check = TextCheck(pipe.tokenizer, pipe.transformer.config.max_text_seq_length)
+    check = TextCheck(pipe.tokenizer, pipe.transformer.config.max_text_seq_length, config.truncate_prompts)
     dataset = PairDataset(source, info.tasks, config.task_weights, (width, height), config.seed, strict=False, check=check)
     rows, labels = [], []
     device = pipe.transformer.device

@@ -164,7 +164,8 @@ class FolderSource(BaseSource):
 
     def stamp(self) -> str:
         """Of the listing and of the files of the folder, and of its folders' files if the listing may name them."""
-        return file_stamp(p for p in sorted(self.folder.rglob("*")) if p.suffix.lower() in (*PICTURES, ".txt", ".jsonl"))
+        files = (p for p in sorted(self.folder.rglob("*")) if p.suffix.lower() in (*PICTURES, ".txt", ".jsonl"))
+        return f"{self.columns} {file_stamp(files)}"
 
     def _picture(self, value: Any) -> Picture:
         return Picture(self.folder / str(value))
@@ -229,8 +230,8 @@ class TarSource(BaseSource):
         return make_record(self.row_name(index), self.columns({**described, **pictures}), self._picture)
 
     def stamp(self) -> str:
-        """Of the file."""
-        return file_stamp([self.path])
+        """Of the file, and of what is read of it."""
+        return f"{self.columns} {file_stamp([self.path])}"
 
     def _bytes(self, place: tuple[int, int]) -> bytes:
         with self.path.open("rb") as file:

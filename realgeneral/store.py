@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -214,12 +215,17 @@ class StoreWriter:
         self.folder, self.prefix, self.shard_bytes = folder, prefix, shard_bytes
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"output must be a folder, got {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        # processes that start at once may each be the first: settings, whole or not at all, are there before anything else is;
+        # listing comes before asking for them, so that what a sibling adds in between is never taken for a stranger's
+        strangers = [path.name for path in folder.iterdir() if not path.name.startswith(SETTINGS_FILE)]
         if (folder / SETTINGS_FILE).exists():
             check_settings(folder, read_settings(folder), settings)
-        elif folder.is_dir() and any(folder.iterdir()):
-            raise UsageError(f"output must be a new folder or one of realgeneral precompute, got {folder}")
-        (folder / "shards").mkdir(parents=True, exist_ok=True)
-        _write_text(folder / SETTINGS_FILE, json.dumps(asdict(settings), indent=1) + "\n")
+        elif strangers:
+            raise UsageError(f"output must be a new folder or one of realgeneral precompute, got {folder} with {strangers[0]}")
+        else:
+            _write_text(folder / SETTINGS_FILE, json.dumps(asdict(settings), indent=1) + "\n")
+        (folder / "shards").mkdir(exist_ok=True)
         for left in (folder / "shards").glob(f"{prefix}-*.partial"):
             left.unlink()
         self.store = Store(folder)
@@ -266,7 +272,8 @@ class StoreWriter:
 
 
 def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # not by process id: containers on several machines that share the folder may have the same
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)

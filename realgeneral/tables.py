@@ -102,8 +102,8 @@ class ParquetSource(BaseSource):
         return self._blocks
 
     def stamp(self) -> str:
-        """Of the file."""
-        return file_stamp([self.path])
+        """Of the file, and of what is read of it."""
+        return f"{self.columns} {file_stamp([self.path])}"
 
     def _picture(self, value: Any) -> Picture:
         data = value.get("bytes") if isinstance(value, dict) else value
@@ -127,6 +127,10 @@ class HuggingFaceSource(BaseSource):
     def row_name(self, index: int) -> str:
         """The row's number."""
         return f"{self.name} row {index}"
+
+    def stamp(self) -> str:
+        """Of the data set's fingerprint; picture files that its rows name by path are taken not to change."""
+        return f"{self.columns} {self.dataset._fingerprint}"
 
     def record(self, index: int, seed: int) -> Record:
         """Read a row."""

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from torch.utils.data import get_worker_info
+
+from realgeneral.errors import UsageError
 
 # OpenCV's thread pool does not survive a fork: Canny in a data loader's worker could wait for ever for threads of its parent
 cv2.setNumThreads(0)
@@ -102,7 +108,7 @@ class Canny(Task):
 
 
 @dataclass(frozen=True)
-class _DepthTask(Task):
+class DepthTask(Task):
     """Shared by both depth directions: a transformers depth-estimation pipeline that the user names."""
 
     seeded = False
@@ -119,12 +125,12 @@ class _DepthTask(Task):
             raise ValueError(
                 f"task {self.name!r} needs a depth model or a supplied image, as in '{self.name}:model=HUB_ID_OR_FOLDER'"
             )
-        return _depth_estimator(self.model)(picture)["depth"].convert("RGB").resize(picture.size)
+        return _depth_estimator(self.model, estimator_device())(picture)["depth"].convert("RGB").resize(picture.size)
 
 
 @register
 @dataclass(frozen=True)
-class Depth(_DepthTask):
+class Depth(DepthTask):
     """Depth map to image."""
 
     name = "depth"
@@ -136,7 +142,7 @@ class Depth(_DepthTask):
 
 @register
 @dataclass(frozen=True)
-class ImageToDepth(_DepthTask):
+class ImageToDepth(DepthTask):
     """Image to depth map."""
 
     name = "image-to-depth"
@@ -234,12 +240,37 @@ def mask_out(picture: Image.Image, mask: Image.Image) -> Image.Image:
     return Image.composite(Image.new("RGB", picture.size), picture.convert("RGB"), mask.convert("L"))
 
 
-_ESTIMATORS: dict[str, Any] = {}
+def estimator_device() -> torch.device:
+    """Where this process runs depth models: on its own GPU, in a data-loading process on the CPU.
+
+    A worker that was forked cannot use CUDA once its parent has.
+    """
+    if get_worker_info() is not None or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
-def _depth_estimator(model: str) -> Any:
-    if model not in _ESTIMATORS:
-        from transformers import pipeline
+@cache
+def depth_revision(model: str) -> str | None:
+    """The commit of a depth model on the hub, as cached here or, with a network, as the newest; None for a folder.
 
-        _ESTIMATORS[model] = pipeline("depth-estimation", model=model)
-    return _ESTIMATORS[model]
+    Raises:
+        UsageError: It can be neither reached nor found in the cache.
+    """
+    if Path(model).is_dir():
+        return None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "config.json")).parent.name
+    except (OSError, ValueError) as error:  # its own errors derive from these
+        told = " ".join(str(error).split())
+        raise UsageError(f"depth model must be a folder or a hub id that can be had, got {model}: {told}") from None
+
+
+@cache
+def _depth_estimator(model: str, device: torch.device) -> Any:
+    from transformers import pipeline
+
+    # of the very commit that keys of stored pictures name
+    return pipeline("depth-estimation", model=model, revision=depth_revision(model), device=device)

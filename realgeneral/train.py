@@ -28,7 +28,7 @@ from realgeneral.bad_batch import MicroBatch, save_bad_batch
 from realgeneral.config import TrainConfig
 from realgeneral.data import PairDataset, RunSampler
 from realgeneral.engine import Engine, Stop
-from realgeneral.errors import Failure
+from realgeneral.errors import Failure, from_workers
 from realgeneral.loading import training_dataset, training_texts
 from realgeneral.memory import MemoryBudget, StepShape, memory_budget, used_bytes
 from realgeneral.models import load_models
@@ -271,11 +271,8 @@ def finish(run: Run) -> dict[str, Any]:
 
 
 def _batches(loader: DataLoader[Any]) -> Iterator[Batch]:
-    try:
+    with from_workers():
         yield from loader
-    except Failure as error:
-        # a worker process puts its traceback before the message
-        raise Failure(str(error).rpartition("Failure: ")[2].strip()) from None
 
 
 def _leave_interrupts_to_the_trainer(worker: int) -> None:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from realgeneral.errors import Failure, UsageError
 from realgeneral.pictures import load_picture
+from realgeneral.records import Source
 from realgeneral.sources import PICTURES, open_source
 
 DREAMBENCH_FILE = "prompts_and_classes.txt"
@@ -86,29 +86,52 @@ def subject_cases(folder: Path) -> list[Case]:
     return cases
 
 
-def captioned_cases(path: Path) -> list[Case]:
-    """One case per captioned picture of a COCO-shaped folder, or of any training data (`open_source`).
+def captioned_cases(data: str, columns: Sequence[str] = ()) -> tuple[list[Case], list[str]]:
+    """One case per captioned picture of a COCO-shaped folder, or of any training data (`open_source`); no picture is decoded.
 
     COCO's shape is `annotations/captions_SPLIT.json` beside the folder `SPLIT` of pictures; val2017 is taken if there are
     several. A picture's first caption, by id, is its prompt.
 
+    Returns:
+        Cases, and what is wrong with the rows that make none.
+
     Raises:
         Failure: Nothing of that shape, or a damaged file.
+        UsageError: Columns for a COCO-shaped folder, or wrong ones.
     """
+    path = Path(data)
     listings = sorted((path / "annotations").glob("captions_*.json")) if path.is_dir() else []
     if listings:
-        return _coco_cases(path, listings)
-    source = open_source(str(path))
-    cases = []
+        if columns:
+            raise UsageError(f"columns must not be given for a COCO-shaped folder, got {list(columns)} for {data}")
+        return _coco_cases(path, listings), []
+    source = open_source(data, columns)
+    cases, bad = [], []
     for i in range(len(source)):
-        row = source.row(i, 0)
-        cases.append(Case(f"{i:06d}", row.prompt, partial(_target, source, i), str(i)))
-    return cases
+        try:
+            cases.append(Case(f"{i:06d}", source.record(i, 0).prompt, partial(_target, source, i), str(i)))
+        except Failure as error:
+            bad.append(str(error))
+    return cases, bad
 
 
-def _target(source: Any, index: int) -> Image.Image:
-    picture: Image.Image = source.row(index, 0).target
-    return picture
+def readable(cases: Sequence[Case]) -> tuple[list[Case], list[str]]:
+    """The cases whose picture can be decoded, each picture tried once, and what is wrong with the others' pictures."""
+    problems: dict[str, str] = {}
+    for case in {case.group: case for case in cases}.values():
+        try:
+            case.picture()
+        except Failure as error:
+            problems[case.group] = str(error)
+    return [case for case in cases if case.group not in problems], list(problems.values())
+
+
+def _target(source: Source, index: int) -> Image.Image:
+    record = source.record(index, 0)
+    try:
+        return record.target.load()
+    except Failure as error:
+        raise Failure(f"{record.name}: {error}") from None
 
 
 def _coco_cases(folder: Path, listings: list[Path]) -> list[Case]:

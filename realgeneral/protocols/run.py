@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -12,12 +12,13 @@ from tqdm.auto import tqdm
 
 from realgeneral.adapter import library_versions, read_adapter_info
 from realgeneral.config import EvaluateConfig
+from realgeneral.embedding import cut_prompt
 from realgeneral.encoders import loading
 from realgeneral.errors import Failure, UsageError
 from realgeneral.metrics import Score, frechet_distance
 from realgeneral.pictures import save_picture
 from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
-from realgeneral.protocols.folders import Case, captioned_cases, chosen, repeated, subject_cases
+from realgeneral.protocols.folders import Case, captioned_cases, chosen, readable, repeated, subject_cases
 from realgeneral.protocols.generation import CaseGenerator, weights_fingerprint
 from realgeneral.protocols.report import grid, markdown, paper_record, write_json, write_text
 from realgeneral.protocols.scores import Scorer, SpatialScorer, SubjectEncoders, SubjectScorer, summary
@@ -40,10 +41,11 @@ def run_protocol(config: EvaluateConfig) -> dict[str, dict[str, Score]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output = Path(config.output)
     task = protocol_task(config)
-    cases = protocol_cases(config)
+    cases, bad = protocol_cases(config)
     new_scorer = scorers(config, task, device)  # before the hours of generation: its models may be missing
     pipe = open_pipeline(config, device)
     height, width = pipe._size(config.height or None, config.width or None)
+    cases, bad = prepared(config, pipe, cases, bad)
     generator = CaseGenerator(pipe, task, config, (width, height), output / "images")
     try:
         generator.folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +67,7 @@ def run_protocol(config: EvaluateConfig) -> dict[str, dict[str, Score]]:
             scorer.update(part, [result(c, p) for c, p in zip(part, pictures, strict=True)], pictures)
         results[method] = summary(scorer, [case.group for case in cases])
         values[method] = {name: x.tolist() for name, x in scorer.values().items()}
-    _write(config, generator, cases, results, values)
+    _write(config, generator, cases, bad, results, values)
     return results
 
 
@@ -79,13 +81,34 @@ def protocol_task(config: EvaluateConfig) -> Task:
     return Depth(model=config.depth_model)
 
 
-def protocol_cases(config: EvaluateConfig) -> list[Case]:
-    """What is to be generated."""
+def protocol_cases(config: EvaluateConfig) -> tuple[list[Case], list[str]]:
+    """What is to be generated, and what is wrong with rows that are not."""
     if not config.data:
         raise UsageError(f"--data must name a folder for the {config.protocol} protocol, got none")
-    path = Path(config.data)
-    cases = subject_cases(path) if config.protocol == "customization" else captioned_cases(path)
-    return chosen(repeated(cases, config.images_per_prompt), config.limit)
+    if config.protocol == "customization":
+        cases, bad = subject_cases(Path(config.data)), list[str]()
+    else:
+        cases, bad = captioned_cases(config.data, config.columns)
+    return chosen(repeated(cases, config.images_per_prompt), config.limit), bad
+
+
+def prepared(
+    config: EvaluateConfig, pipe: RealGeneralPipeline, cases: list[Case], bad: list[str]
+) -> tuple[list[Case], list[str]]:
+    """Cut prompts if asked to, name the bad rows, those whose picture cannot be read too; Failure if no other is left."""
+    if config.truncate_prompts:
+        window = pipe.transformer.config.max_text_seq_length
+        cases = [replace(case, prompt=cut_prompt(pipe.tokenizer, case.prompt, window)) for case in cases]
+    if config.protocol != "customization":  # DreamBench's pictures are the benchmark: none may be missing
+        cases, unreadable = readable(cases)
+        bad = [*bad, *unreadable]
+    if not cases:
+        raise Failure(f"data must hold good rows, got {len(bad)} bad ones; the first: {bad[0]}")
+    for problem in bad:
+        print(f"bad row: {problem}")
+    if bad:
+        print(f"{len(bad)} bad rows are skipped", flush=True)
+    return cases, bad
 
 
 def scorers(config: EvaluateConfig, task: Task, device: torch.device) -> Callable[[], Scorer]:
@@ -118,6 +141,7 @@ def _write(
     config: EvaluateConfig,
     generator: CaseGenerator,
     cases: list[Case],
+    bad: list[str],
     results: dict[str, dict[str, Score]],
     values: dict[str, dict[str, list[float]]],
 ) -> None:
@@ -125,7 +149,7 @@ def _write(
     setting = (
         f"Adapter {config.adapter} on {config.base}, {config.data}, {width} x {height} px, {config.steps} steps "
         f"({type(generator.pipe.scheduler).__name__}), guidance {config.guidance_scale:g}, seed {config.seed}."
-    )
+    ) + (f" {len(bad)} bad rows were skipped." if bad else "")
     text = markdown(config.protocol, results, len(cases), setting)
     write_text(output / "table.md", text)
     assert generator.pipe.adapter is not None
@@ -135,6 +159,7 @@ def _write(
         "adapter": asdict(generator.pipe.adapter),
         "weights": weights_fingerprint(generator.pipe),
         "count": len(cases),
+        "bad_rows": bad,
         "results": {m: {name: score._asdict() for name, score in scores.items()} for m, scores in results.items()},
         "paper": paper_record(config.protocol),
         "cases": [{"name": case.name, "prompt": case.prompt, "group": case.group} for case in cases],

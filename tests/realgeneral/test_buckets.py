@@ -35,8 +35,8 @@ def mixed_rows() -> Rows:
     shapes = [(40, 24)] * 7 + [(24, 40)] * 4 + [(30, 30)]
     rows: Rows = [{"target": encoded(make_photo(*shape, i)), "prompt": f"a red pot {i}"} for i, shape in enumerate(shapes)]
     for i in (0, 3, 7):
-        rows[i]["condition"] = [picture(50), picture(51)]
-    rows[1]["condition"] = [picture(52)]
+        rows[i] |= {"condition": [picture(50), picture(51)], "task": "canny"}
+    rows[1] |= {"condition": [picture(52)], "task": "canny"}
     return rows
 
 

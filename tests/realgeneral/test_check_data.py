@@ -81,6 +81,21 @@ def _names(path: str, count: int) -> list[str]:
     return [f"data.parquet row {i}" if path.endswith("parquet") else f"metadata.jsonl line {i + 1}" for i in range(count)]
 
 
+def test_without_buckets(bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is repeated; rows that training could not put into one batch are an error, as they are there."""
+    rows = good_rows(3)
+    report = check_data(config(bases, write_folder(tmp_path / "d", rows), batch_size=2))
+    assert report["buckets"] == [{"size": "64x96", "conditions": 1, "rows": 3, "repeated_to_fill": 0}]
+    assert "repeated to fill" not in capsys.readouterr().out
+    rows[0] |= {"condition": [picture(5), picture(6)], "task": "canny"}
+    path = write_folder(tmp_path / "mixed", rows)
+    message = r"^rows of one batch must have the same number of conditions, got \[1, 2\]: training stops without --buckets$"
+    with pytest.raises(Failure, match=message):
+        check_data(config(bases, path, batch_size=2))
+    for fits in ({"batch_size": 1}, {"batch_size": 2, "buckets": ["16x32"]}):
+        assert check_data(config(bases, path, **fits))["conditions"] == {"1": 2, "2": 1}
+
+
 def test_headers_only(bases: dict[str, Path], tmp_path: Path) -> None:
     """Without decoding, a truncated picture passes and text with a picture's name does not."""
     rows = good_rows(3)

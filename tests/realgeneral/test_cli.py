@@ -128,6 +128,7 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) 
         (["train", "--text-dropout", "2"], "text_dropout must be between 0 and 1, got 2.0"),
         (["train", "--num-workers", "-1"], "num_workers must not be negative, got -1"),
         (["train", "--tasks", "canny", "--task-weights", "1", "2"], "task_weights must have one entry per task (1), got 2"),
+        (["train", "--tasks", "canny", "--task-weights", "2"], "task_weights must come with several tasks, got [2.0]"),
         (["train", "--tasks", "canny", "--task-weights", "0"], "task_weights must not be negative and not all 0"),
         (["generate"], "--prompt must be given, got none"),
         (["generate", "--prompt", "a"], "--task must be given, got none"),

@@ -19,11 +19,13 @@ from PIL import Image
 from test_pictures import bomb, encoded
 from torch.utils.data import DataLoader
 
+from realgeneral import data as data_module
 from realgeneral.data import PairDataset, RunSampler, TextCheck
-from realgeneral.errors import Failure, UsageError
+from realgeneral.errors import Failure, UsageError, from_workers
 from realgeneral.nano.pairs import NANO_TASKS, TARGET_STYLES, NanoSource
 from realgeneral.objective import collate
 from realgeneral.sources import open_source
+from realgeneral.tasks import depth_revision, get_task
 
 SIZE = (32, 16)
 Rows = list[dict[str, Any]]
@@ -279,6 +281,24 @@ def test_task_weights(tmp_path: Path) -> None:
     assert "inpainting" not in drawn
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rows_with_their_own_condition_name_their_task(write: Writer, tmp_path: Path, workers: int) -> None:
+    """With several tasks a guess would train the wrong one: one line says so, from a worker too; one task needs no name."""
+    rows = good_rows(2)
+    rows[0] |= {"condition": [picture(5)], "task": "customization"}
+    path = write(tmp_path / "named", rows)
+    data = dataset(path, ("canny", "customization"), weights=[1.0, 0.0], strict=True)
+    assert {data.sample(0, n).task for n in range(9)} == {"customization"}
+    assert {data.sample(1, n).task for n in range(9)} == {"canny"}
+    del rows[0]["task"]
+    path = write(tmp_path / "unnamed", rows)
+    loader = DataLoader(dataset(path, ("canny", "customization")), None, sampler=range(2), num_workers=workers)
+    told = r"^\S+ (line 1|row 0|00000) must name its task \(column task\), since .* \['canny', 'customization'\], got none$"
+    with pytest.raises(UsageError, match=told), from_workers():
+        list(loader)
+    assert dataset(path, ("customization",)).sample(0, 0).task == "customization"
+
+
 def test_tasks_that_need_a_condition_are_drawn_only_for_rows_that_have_one(tmp_path: Path) -> None:
     """Plain pictures under the default seven tasks: only the tasks that derive their condition are drawn, no row is bad."""
     path = write_folder(tmp_path / "d", good_rows(3))
@@ -299,7 +319,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "text renamed .png": ({"target": b"hello, I am text"}, "not an image"),
     "empty file": ({"target": b""}, "picture"),
     "bomb": ({"target": bomb(30_000, 30_000)}, "at most 100000000 pixels"),
-    "bad condition": ({"condition": [b"hello"]}, "not an image"),
+    "bad condition": ({"condition": [b"hello"], "task": "canny"}, "not an image"),
     "no prompt": ({"prompt": None}, "must have a prompt string, got None"),
     "unknown task": ({"task": "cany"}, r"task must be one of \['canny', 'colouring'\], got 'cany'"),
 }
@@ -342,8 +362,8 @@ def test_bad_rows_are_named_and_skipped(write: Writer, tmp_path: Path, defect: s
         ('{"target": "t.png", "prompt": "a", "task": ["canny"]}', "must have a string as task"),
         ('{"target": "t.png", "prompt": "a", "task": 3}', "must have a string as task, got 3"),
         ('{"target": "t.png", "prompt": "a", "subject": 3}', "must have a string as subject, got 3"),
-        ('{"target": "t.png", "prompt": "a", "condition": 3}', "must be a picture file"),
-        ('{"target": "t.png", "prompt": "a", "condition": {"x": 1}}', "must be a picture file"),
+        ('{"target": "t.png", "prompt": "a", "condition": 3, "task": "canny"}', "must be a picture file"),
+        ('{"target": "t.png", "prompt": "a", "condition": {"x": 1}, "task": "canny"}', "must be a picture file"),
         ('{"target": "t\\u0000.png", "prompt": "a"}', "must be a"),
     ],
 )
@@ -515,7 +535,7 @@ def test_batches_need_equally_many_conditions(tmp_path: Path) -> None:
     """Rows with one and with two conditions cannot share a batch; the error says so."""
     rows = good_rows(2)
     rows[0]["condition"], rows[1]["condition"] = [picture(5)], [picture(5), picture(6)]
-    data = dataset(write_folder(tmp_path / "d", rows))
+    data = dataset(write_folder(tmp_path / "d", rows), ("canny",))
     with pytest.raises(Failure, match=r"same number of conditions, got \[1, 2\]; --buckets groups such rows"):
         collate([data[0], data[1]])
 
@@ -545,3 +565,34 @@ def test_nano_rows() -> None:
     assert held_out.row(3, 1).target.tobytes() == held_out.row(3, 2).target.tobytes()
     data = PairDataset(source, NANO_TASKS, [], (64, 64), 0, strict=True)
     assert {data[n].task for n in range(80)} == {spec.partition(":")[0] for spec in NANO_TASKS}
+
+
+def test_a_depth_models_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for every sample, but again when they change."""
+    read = []
+    monkeypatch.setattr(data_module, "folder_fingerprint", lambda folder: read.append(folder) or f"hash {len(read)}")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    task = get_task(f"depth:model={tmp_path}")
+    assert len({data_module.task_fingerprint(task) for _ in range(3)}) == len(read) == 1
+    (tmp_path / "model.safetensors").write_bytes(b"xy")
+    assert data_module.task_fingerprint(task).endswith("hash 2")
+
+
+def test_a_depth_model_of_the_hub_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new commit is another fingerprint; without network and cache there is none, which no row is blamed for."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    task, found = get_task("depth:model=owner/depth"), []
+    folder = tmp_path / "models--owner--depth"
+    for commit in ("a" * 40, "b" * 40):
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        (folder / "snapshots" / commit / "config.json").write_text("{}")
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / "main").write_text(commit)
+        depth_revision.cache_clear()
+        found.append(data_module.task_fingerprint(task))
+        assert found[-1].endswith(f" {commit}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    depth_revision.cache_clear()
+    path = write_folder(tmp_path / "d", good_rows(1))
+    with pytest.raises(UsageError, match="depth model must be a folder or a hub id that can be had, got owner/depth: "):
+        dataset(path, ("depth:model=owner/depth",))

@@ -37,6 +37,7 @@ def config(bases: dict[str, Path], tmp_path: Path) -> Callable[..., TrainConfig]
         {"target": encoded(make_photo(*shape, i)), "prompt": "a red pot"} for i, shape in enumerate(shapes)
     ]
     listed[0]["condition"], listed[3]["condition"] = [picture(20), picture(21)], [picture(22)]
+    listed[0]["task"] = listed[3]["task"] = "canny"
     data = write_folder(tmp_path / "data", listed)
 
     def make(output: str, **changes: Any) -> TrainConfig:
@@ -103,6 +104,8 @@ def test_standard_buckets_of_each_base(bases: dict[str, Path], config: Callable[
         described["sample_height"], described["sample_width"] = sample
         path.write_text(json.dumps(described))
         pipe = load_for_data(str(folder))
+        # without buckets too: the one size of training, samples, generation and evaluation
+        assert pipe._size(None, None) == expected[::-1]
         sizes = run_buckets(config("run", buckets=["standard"]), pipe)
         assert {expected, expected[::-1]} <= set(sizes)
         assert len(sizes) == (7 if geometry == "1.5" else 9)

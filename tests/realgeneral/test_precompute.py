@@ -50,6 +50,7 @@ def data(tmp_path: Path) -> Path:
     ]
     rows[0]["subject"] = "pot"
     rows[1]["condition"], rows[4]["condition"] = [picture(20)], [picture(21), picture(22)]
+    rows[1]["task"] = rows[4]["task"] = "canny"
     rows += [
         {"target": encoded(make_photo(48, 32, 9))[:-40], "prompt": "a cat"},
         {"target": picture(3), "prompt": "a cat " * 30},

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 from conftest import make_photo
+from test_data import write_parquet
+from test_pictures import encoded
 
 from realgeneral.errors import Failure, UsageError
-from realgeneral.protocols.folders import Case, captioned_cases, chosen, repeated, subject_cases
+from realgeneral.protocols.folders import Case, captioned_cases, chosen, readable, repeated, subject_cases
 
 # the shape of DreamBench's file, with prompts of our own
 DREAMBENCH = """Classes
@@ -89,17 +91,33 @@ def test_coco_as_published(coco: Path) -> None:
     """The first caption by id; in the order of image ids; val2017 before train2017."""
     (coco / "train2017").mkdir()
     (coco / "annotations" / "captions_train2017.json").write_text("{}")
-    cases = captioned_cases(coco)
+    cases, bad = captioned_cases(str(coco))
+    assert bad == []
     assert [(c.name, c.prompt) for c in cases] == [(f"{7:012d}", "a red pot"), (f"{9:012d}", "a fox")]
     assert cases[0].picture().size == (40, 30)
     assert cases[0].group != cases[1].group
 
 
 def test_training_data_is_a_set_too(tmp_path: Path) -> None:
-    """Any captioned data that `train` reads."""
-    make_photo(40, 30).save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("a red pot")
-    assert [(c.name, c.prompt, c.picture().size) for c in captioned_cases(tmp_path)] == [("000000", "a red pot", (40, 30))]
+    """Any captioned data that `train` reads, by the same column map; bad rows are told, and those to come keep their names."""
+    rows = [{"image": encoded(make_photo(40, 30)), "text": text} for text in ("a red pot", None, "a fox", "a cat")]
+    rows[2]["image"] = rows[2]["image"][:-40]  # type: ignore[index]
+    path = write_parquet(tmp_path / "d", rows)
+    columns = ["target=image", "prompt=text"]
+    cases, bad = captioned_cases(path, columns)
+    assert bad == ["data.parquet row 1 must have a prompt string, got None"]
+    assert [(c.name, c.prompt) for c in cases] == [("000000", "a red pot"), ("000002", "a fox"), ("000003", "a cat")]
+    good, unreadable = readable(repeated(cases, 2))
+    assert [c.name for c in good] == ["000000-0", "000000-1", "000003-0", "000003-1"]
+    assert good[0].picture().size == (40, 30)
+    assert len(unreadable) == 1
+    assert unreadable[0].startswith("data.parquet row 2: picture of ")
+
+
+def test_columns_for_coco(coco: Path) -> None:
+    """Its annotations have no columns."""
+    with pytest.raises(UsageError, match=r"columns must not be given for a COCO-shaped folder, got \['prompt=text'\]"):
+        captioned_cases(str(coco), ["prompt=text"])
 
 
 def test_repeats_and_choice() -> None:
@@ -144,14 +162,14 @@ def test_bad_coco(coco: Path, text: str) -> None:
     """Damaged annotations are one line that names the file."""
     (coco / "annotations" / "captions_val2017.json").write_text(text)
     with pytest.raises(Failure, match=r"captions_val2017.json must be COCO's JSON with images and annotations, got: "):
-        captioned_cases(coco)
+        captioned_cases(str(coco))
 
 
 def test_coco_without_pictures_or_captions(coco: Path) -> None:
     """Captions without pictures, and pictures without captions."""
     (coco / "annotations" / "captions_val2017.json").write_text('{"images": [], "annotations": []}')
     with pytest.raises(Failure, match="must hold captions of its images, got none"):
-        captioned_cases(coco)
+        captioned_cases(str(coco))
     (coco / "val2017").rename(coco / "elsewhere")
     with pytest.raises(Failure, match=r"data must hold the pictures of \['captions_val2017.json'\]"):
-        captioned_cases(coco)
+        captioned_cases(str(coco))

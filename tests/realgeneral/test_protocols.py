@@ -275,6 +275,10 @@ def test_bootstrap_draws_groups() -> None:
         (["--protocol", "canny", "--data", "{0}/coco", "--offload", "--fid-features", "none"], 2, "--offload needs a GPU"),
         (["--protocol", "canny", "--limit", "-1"], 2, "limit must not be negative, got -1"),
         (["--protocol", "canny", "--images-per-prompt", "0"], 2, "images_per_prompt must be at least 1, got 0"),
+        (["--data", "{0}/coco"], 2, "--data must come with --protocol customization or canny or depth, got --protocol nano"),
+        (["--columns", "prompt=text"], 2, "--columns must come with --protocol canny or depth, got --protocol nano"),
+        (["--protocol", "canny", "--tasks", "canny"], 2, "--tasks must come with --protocol nano, got --protocol canny"),
+        (["--protocol", "canny", "--depth-model", "x"], 2, "--depth-model must come with --protocol depth, got"),
         (["--protocol", "fid"], 2, "invalid choice: 'fid'"),
         (["--split", "test"], 2, "invalid choice: 'test'"),
     ],
@@ -297,6 +301,29 @@ def test_bad_input(
     assert len(err) == 1
     assert message in err[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_bad_rows_are_named_and_skipped(
+    settings: Callable[..., EvaluateConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in training, with their number in the table; data with no good row is an error."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in "abc":
+        make_photo(64, 64).save(data / f"{name}.png")
+        (data / f"{name}.txt").write_text("a red fox")
+    (data / "a.txt").unlink()
+    (data / "b.png").write_bytes((data / "b.png").read_bytes()[:-40])
+    evaluate(settings("canny", data=str(data), output=str(tmp_path / "out")))
+    out = capsys.readouterr().out
+    assert "bad row: a.png must have a caption a.txt beside it" in out
+    assert "bad row: b.png: " in out
+    assert "2 bad rows were skipped" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (record["count"], len(record["bad_rows"])) == (1, 2)
+    (data / "c.txt").unlink()
+    with pytest.raises(Failure, match=r"data must hold good rows, got 3 bad ones; the first: a.png must have a caption"):
+        evaluate(settings("canny", data=str(data), output=str(tmp_path / "out2")))
 
 
 def test_long_prompts_are_told_before_anything_is_made(settings: Callable[..., EvaluateConfig], tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import run_processes
 
 from realgeneral import store as store_module
 from realgeneral.errors import Failure, UsageError
@@ -57,6 +59,39 @@ def test_added_shards_keep_the_old_ones(tmp_path: Path) -> None:
     ]  # fmt: skip
     store = Store(tmp_path)
     assert all(torch.equal(store.latents([name], "row"), tensor) for name, tensor in tensors.items())
+
+
+def _write_at_once(rank: int, root: Path, rounds: int) -> int:
+    for i in range(rounds):
+        (root / f"ready-{i}-{rank}").touch()
+        end = time.monotonic() + 30
+        while not (root / f"ready-{i}-{1 - rank}").exists():
+            assert time.monotonic() < end, "the other process ended"
+        writer = StoreWriter(root / f"store-{i}", SETTINGS, f"{rank:03d}-of-002", 2**20)
+        writer.add(writer.store.latents_key([rank]), torch.ones(2))
+        writer.flush()
+    return rounds
+
+
+def test_processes_that_start_at_once(tmp_path: Path) -> None:
+    """Two open a new folder in the same moment, many times over: both write, and one store has the entries of both."""
+    outcomes = run_processes(_write_at_once, tmp_path, 20)
+    assert [outcome.value for outcome in outcomes] == [20, 20], [outcome.text for outcome in outcomes]
+    for i in range(20):
+        store = Store(tmp_path / f"store-{i}")
+        assert all(torch.equal(store.latents([rank], "row"), torch.ones(2)) for rank in range(2))
+
+
+def test_a_sibling_that_writes_the_settings(tmp_path: Path) -> None:
+    """Half of its file is no reason to refuse the folder; other settings are one, and so is anything else in it."""
+    (tmp_path / "precompute.json.1f.partial").touch()
+    made(tmp_path)
+    with pytest.raises(StoreFailure, match="must be precomputed with 3 variants"):
+        StoreWriter(tmp_path, replace(SETTINGS, variants=3), "001-of-002", 100)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(UsageError, match=r"output must be a new folder or one of .*, got .* with notes.txt"):
+        StoreWriter(tmp_path / "other", SETTINGS, "001-of-002", 100)
 
 
 def test_missing_and_bad_entries(tmp_path: Path) -> None:

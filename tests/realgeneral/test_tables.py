@@ -166,3 +166,17 @@ def test_small_data_is_shuffled_as_a_whole(tmp_path: Path) -> None:
     one, many = dataset(write_parquet(tmp_path / "a", good_rows(6))), dataset(str(write_groups(tmp_path / "d.parquet", 6, 2)))
     assert [one[n].prompt for n in range(12)] == [many[n].prompt for n in range(12)]
     assert tables.WINDOW_BYTES > 2**20
+
+
+def test_stamps(tmp_path: Path) -> None:
+    """Of `datasets` too: the same in the next process, another for other rows or columns, so that sizes are read once."""
+    datasets = pytest.importorskip("datasets")
+    rows = good_rows(3)
+    for name, count in (("one", 3), ("two", 2)):
+        datasets.Dataset.from_list(rows[:count]).save_to_disk(tmp_path / name)
+    one = open_source(str(tmp_path / "one")).stamp()
+    assert one == open_source(str(tmp_path / "one")).stamp() != ""
+    assert one != open_source(str(tmp_path / "two")).stamp()
+    parquet = write_parquet(tmp_path / "p", rows)
+    for path in (str(tmp_path / "one"), parquet):
+        assert open_source(path, ["target=target:left"]).stamp() != open_source(path).stamp()

@@ -9,7 +9,9 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
+from torch.utils.data import DataLoader, Dataset
 
 from realgeneral import tasks
 from realgeneral.tasks import DEFAULT_TASKS, TASKS, Task, get_task, mask_out, register
@@ -24,19 +26,23 @@ def _clean_registry() -> Iterator[None]:
 
 
 @pytest.fixture
-def estimator(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def estimator(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """A depth-estimation pipeline that answers with a ramp; the models that were asked for."""
     asked: list[str] = []
 
-    def pipeline(kind: str, model: str) -> Any:
+    def pipeline(kind: str, model: str, revision: str | None, device: torch.device) -> Any:
         assert kind == "depth-estimation"
-        asked.append(model)
+        asked.append(f"{model} {revision}")
         ramp = np.linspace(0, 255, 10, dtype=np.uint8)[None].repeat(5, 0)
         return lambda picture: {"depth": Image.fromarray(ramp)}
 
     monkeypatch.setattr("transformers.pipeline", pipeline)
-    monkeypatch.setattr(tasks, "_ESTIMATORS", {})
-    return asked
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: f"/cache/{name}/snapshots/c0ffee/{file}")
+    for cached in (tasks._depth_estimator, tasks.depth_revision):
+        cached.cache_clear()
+    yield asked
+    for cached in (tasks._depth_estimator, tasks.depth_revision):
+        cached.cache_clear()
 
 
 def pixels(picture: Image.Image) -> np.ndarray:
@@ -117,7 +123,24 @@ def test_depth_goes_through_the_named_model(photo: Image.Image, estimator: list[
     assert back.condition(photo, 0).tobytes() == photo.tobytes()
     assert back.target(photo, 0).tobytes() == made.tobytes()
     assert depth.derives
-    assert estimator == ["some/model"]
+    assert estimator == ["some/model c0ffee"]
+
+
+class _Devices(Dataset[str]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> str:
+        return str(tasks.estimator_device())
+
+
+def test_where_depth_models_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the GPU of the process, never on the first one by default; on the CPU in a data loader's process."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert [next(iter(DataLoader(_Devices(), None, num_workers=n))) for n in (0, 1)] == ["cuda:3", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _Devices()[0] == "cpu"
 
 
 @pytest.mark.parametrize("name", ["depth", "image-to-depth"])
