@@ -130,7 +130,7 @@ def open_data(config: TrainConfig, engine: Engine, dataset: PairDataset, start: 
         sampler=sampler,
         num_workers=config.num_workers,
         collate_fn=collate,
-        worker_init_fn=_leave_interrupts_to_the_trainer,
+        worker_init_fn=_leave_signals_to_the_trainer,
     )
     return _batches(loader)
 
@@ -278,8 +278,11 @@ def _batches(loader: DataLoader[Any]) -> Iterator[Batch]:
         raise Failure(str(error).rpartition("Failure: ")[2].strip()) from None
 
 
-def _leave_interrupts_to_the_trainer(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    # launchers and terminals signal the whole process group, and the trainer needs its workers for the step that runs; they end
+    # with it, or within seconds of its death
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":
