@@ -7,8 +7,9 @@ bytes alive at its peak are counted.
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from realgeneral.buckets import Shape
 from realgeneral.config import TrainConfig
 from realgeneral.diffusion import v_loss
 from realgeneral.objective import encode_pictures
@@ -80,7 +82,12 @@ class StepShape:
 
 
 def memory_budget(
-    pipe: RealGeneralPipeline, config: TrainConfig, shape: StepShape, processes: int = 1, encode: bool = True
+    pipe: RealGeneralPipeline,
+    config: TrainConfig,
+    shape: StepShape,
+    processes: int = 1,
+    encode: bool = True,
+    device: torch.device | None = None,
 ) -> MemoryBudget:
     """What a run needs on each device.
 
@@ -90,10 +97,12 @@ def memory_budget(
         shape: Of a micro-batch.
         processes: That take part in it.
         encode: Whether VAE and text encoder run in it (not with precomputed inputs).
+        device: Of the run; default: where the models are.
 
     Note:
         Not counted: what CUDA and its libraries hold for themselves, the allocator's fragmentation, temporaries of a kernel,
-        sample grids. With fsdp2 two blocks are counted as gathered at a time; with deepspeed its bucket of gradients, and this
+        sample grids. With fsdp2 two blocks are counted as gathered at a time, and micro-steps add up whole gradients, which are
+        shared out in the last one; with deepspeed its bucket of gradients, and this
         process' part of them twice (as reduced, and as its step flattens them).
     """
     frozen = nbytes(p for p in pipe.transformer.parameters() if not p.requires_grad)
@@ -102,11 +111,13 @@ def memory_budget(
     optimizer = int(trained / 4 * OPTIMIZER_BYTES[config.optimizer])
     # with several processes, or over micro-steps, all gradients live through the forward pass
     kept = processes > 1 or config.gradient_accumulation_steps > 1
-    step = step_bytes(pipe, config, shape, keep_gradients=kept, encode=encode)
+    step = step_bytes(pipe, config, shape, keep_gradients=kept, encode=encode, device=device)
     averaged = trained if config.ema_decay else 0
     if config.engine == "fsdp2":
         block = nbytes(pipe.transformer.transformer_blocks[0].parameters())
-        step += 2 * block - trained + trained // processes
+        step += 2 * block
+        if config.gradient_accumulation_steps == 1:
+            step += trained // processes - trained
         frozen, trained, averaged, optimizer = (n // processes for n in (frozen, trained, averaged, optimizer))
     if config.engine == "deepspeed":
         step += bucket_bytes(config) - trained + 2 * trained // processes
@@ -120,24 +131,39 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
+def largest(shapes: Sequence[Shape]) -> set[Shape]:
+    """Those of which one needs the most memory: the most pixels of a sample (transformer), the most of a picture (VAE)."""
+    return {
+        max(shapes, key=lambda s: (s.width * s.height * (1 + s.conditions), s)),
+        max(shapes, key=lambda s: (s.width * s.height, s.conditions, s)),
+    }
+
+
 def step_bytes(
-    pipe: RealGeneralPipeline, config: TrainConfig, shape: StepShape, keep_gradients: bool = False, encode: bool = True
+    pipe: RealGeneralPipeline,
+    config: TrainConfig,
+    shape: StepShape,
+    keep_gradients: bool = False,
+    encode: bool = True,
+    device: torch.device | None = None,
 ) -> int:
     """Peak of the bytes that a micro-step allocates beyond the models: encoding, forward, backward, gradients.
 
     Args:
-        pipe: Models, on the device of the run, or on "meta" to ask about models that are not there.
+        pipe: Models, or on "meta" to ask about models that are not there.
         config: Settings.
         shape: Of the micro-batch.
         keep_gradients: Whether the gradients of an earlier micro-step are there already.
         encode: Whether the images go through the VAE.
+        device: Of the run; default: where the models are.
     """
     model = _Step(pipe, encode)
-    device = next(pipe.transformer.parameters()).device
+    device = device or next(pipe.transformer.parameters()).device
     device = torch.device("cpu") if device.type == "meta" else device
     with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"):
         # weights of its own: no gradient reaches the model's, and no view of one counts as new
-        own = {n: torch.empty_like(p, device=device).requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
+        tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+        own = {n: torch.empty_like(x, device=device).requires_grad_(x.requires_grad) for n, x in tensors}
         trained = [p for p in own.values() if p.requires_grad]
         if keep_gradients:
             for parameter in trained:

@@ -23,7 +23,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
 
 
 def load_models(config: TrainConfig, device: torch.device) -> tuple[RealGeneralPipeline, AdapterInfo]:
-    """Base with a fresh or given adapter, frozen but for that; a transformer that will be sharded stays on the CPU."""
+    """Base with a fresh or given adapter, frozen but for that; on the CPU until `place_models`."""
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     pipe = load_without_encoders(config.base, dtype) if config.precomputed else load_pipeline(config.base, dtype)
     pipe.set_progress_bar_config(disable=True)
@@ -35,16 +35,19 @@ def load_models(config: TrainConfig, device: torch.device) -> tuple[RealGeneralP
     if config.gradient_checkpointing != "none":
         transformer.enable_gradient_checkpointing(checkpointing(config.gradient_checkpointing))
     use_kernels(transformer, config.fused_kernels, device)
-    info = adapter_info(transformer, tasks, config.base)
-    for module in _loaded(pipe):
-        if module is not transformer or config.engine != "fsdp2":
-            module.to(device)
-    if device.type == "cpu":
-        _realign(pipe)
     transformer.train()
     if config.compile:
         transformer.compile(fullgraph=True)
-    return pipe, info
+    return pipe, adapter_info(transformer, tasks, config.base)
+
+
+def place_models(pipe: RealGeneralPipeline, config: TrainConfig, device: torch.device) -> None:
+    """Move the models to their device; a transformer that will be sharded stays on the CPU."""
+    for module in _loaded(pipe):
+        if module is not pipe.transformer or config.engine != "fsdp2":
+            module.to(device)
+    if device.type == "cpu":
+        _realign(pipe)
 
 
 def _loaded(pipe: RealGeneralPipeline) -> list[nn.Module]:

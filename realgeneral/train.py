@@ -25,13 +25,14 @@ from tqdm.auto import tqdm
 from realgeneral import checkpoint
 from realgeneral.adapter import AdapterInfo, adapter_tensors, write_adapter
 from realgeneral.bad_batch import MicroBatch, save_bad_batch
+from realgeneral.buckets import Shape
 from realgeneral.config import TrainConfig
 from realgeneral.data import PairDataset, RunSampler
 from realgeneral.engine import Engine, Stop
 from realgeneral.errors import Failure
 from realgeneral.loading import training_dataset, training_texts
-from realgeneral.memory import MemoryBudget, StepShape, memory_budget, used_bytes
-from realgeneral.models import load_models
+from realgeneral.memory import MemoryBudget, StepShape, largest, memory_budget, used_bytes
+from realgeneral.models import load_models, place_models
 from realgeneral.objective import Batch, Draws, Texts, collate, training_loss
 from realgeneral.optimizers import learning_rate_factor, make_optimizer
 from realgeneral.pictures import save_picture
@@ -104,7 +105,8 @@ def open_run(config: TrainConfig, engine: Engine) -> Run:
         start = int(resumed.name.removeprefix("step-")) if resumed else 0
         dataset = training_dataset(config, pipe, info.tasks, source)
         batches = open_data(config, engine, dataset, start)
-        batches, budget = plan_memory(config, engine, pipe, batches)
+        batches, budget = plan_memory(config, engine, pipe, dataset, batches)
+        place_models(pipe, config, engine.device)
         texts = training_texts(pipe, dataset, engine.device)
 
     model = engine.prepare(pipe.transformer)
@@ -136,16 +138,18 @@ def open_data(config: TrainConfig, engine: Engine, dataset: PairDataset, start: 
 
 
 def plan_memory(
-    config: TrainConfig, engine: Engine, pipe: RealGeneralPipeline, batches: Iterator[Batch]
+    config: TrainConfig, engine: Engine, pipe: RealGeneralPipeline, dataset: PairDataset, batches: Iterator[Batch]
 ) -> tuple[Iterator[Batch], MemoryBudget]:
-    """What the run will need, by its first batch, told before it starts."""
+    """What the run will need, told before anything is moved to the device: by the largest bucket, or its first batch."""
     first = next(batches, None)
     if first is None:  # a finished run
         return batches, MemoryBudget(0, 0, 0, 0, 0)
     factor = pipe.vae_scale_factor_spatial if first.encoded else 1
     height, width = (n * factor for n in first.target.shape[-2:])
-    size = StepShape(len(first.prompts), first.conditions.shape[1], height, width)
-    budget = memory_budget(pipe, config, size, engine.world, encode=not first.encoded)
+    shapes = dataset.order.shapes or [Shape(width, height, first.conditions.shape[1])]
+    sizes = [StepShape(config.batch_size, shape.conditions, shape.height, shape.width) for shape in largest(shapes)]
+    budgets = [memory_budget(pipe, config, size, engine.world, not first.encoded, engine.device) for size in sizes]
+    budget, size = max(zip(budgets, sizes, strict=True), key=lambda pair: pair[0].total)
     if engine.is_main:
         print(f"needs {budget} ({size})", flush=True)
     return itertools.chain([first], batches), budget
