@@ -86,7 +86,7 @@ def main() -> None:
     for base, (width, height), rank, batch, kind, optimizer, precomputed, processes in ROWS:
         config = TrainConfig(
             data="pictures", rank=rank, batch_size=batch, gradient_checkpointing=kind, optimizer=optimizer,
-            mixed_precision="bf16", engine="fsdp2" if processes > 1 else "ddp",
+            mixed_precision="bf16", engine="fsdp2" if processes > 1 else "ddp", height=height, width=width,
         )  # fmt: skip
         b = memory_budget(empty_pipeline(base, config), config, StepShape(batch, 1, height, width), processes, not precomputed)
         parts = [b.base + b.encoders, b.trained, b.optimizer, b.step, b.total]

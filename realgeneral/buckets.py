@@ -234,7 +234,7 @@ class Bucketed:
         fullest = max(counts, key=lambda b: (counts[b], b)) if counts else (sizes[0], 1)
         self.buckets = [bucket or fullest for bucket in found]
         self.counts = Counter(self.buckets)
-        self.shapes = [Shape(*size, conditions) for size, conditions in self.counts]
+        self.shapes: Sequence[Shape] = [Shape(*size, conditions) for size, conditions in self.counts]
         self.batches_per_epoch = sum(-(-count // batch_size) for count in self.counts.values())
         # reshuffling the batches would scatter the reads of a windowed source
         self.windowed = sum(block.bytes for block in blocks) > WINDOW_BYTES

@@ -60,7 +60,9 @@ class TrainConfig(DataSettings):
     task_weights: list[float] = _opt("relative frequency of each task; default: equal", many=())
     output: str = _opt("folder for checkpoints, samples, logs and the final adapter", "outputs/train")
     preset: Literal["paper", "cached", "open"] = _opt("how condition tokens take part", "cached")
-    precomputed: str = _opt("folder of realgeneral precompute: VAE and text encoder are not loaded", "")
+    precomputed: str = _opt(
+        "folder of realgeneral precompute: the text encoder is not loaded, the VAE for sample grids alone", ""
+    )
     variants: int = _opt("draws per row of what is random (the hole of inpainting); 0 = a new one each time", 0)
     rank: int = _opt("LoRA rank", 64)
     alpha: float = _opt("LoRA alpha; 0 = rank", 0.0)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from realgeneral.adapter import AdapterInfo, adapter_info, add_lora, load_adapter, mark_trainable
-from realgeneral.bases import load_pipeline, load_without_encoders
+from realgeneral.bases import load_pipeline
 from realgeneral.config import TrainConfig
 from realgeneral.errors import UsageError
 from realgeneral.kernels import use_kernels
@@ -25,7 +25,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
 def load_models(config: TrainConfig, device: torch.device) -> tuple[RealGeneralPipeline, AdapterInfo]:
     """Base with a fresh or given adapter, frozen but for that; on the CPU until `place_models`."""
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    pipe = load_without_encoders(config.base, dtype) if config.precomputed else load_pipeline(config.base, dtype)
+    pipe = load_pipeline(config.base, dtype, **({"text_encoder": None} if config.precomputed else {}))
     pipe.set_progress_bar_config(disable=True)
     transformer = pipe.transformer
     transformer.requires_grad_(False)
@@ -42,16 +42,17 @@ def load_models(config: TrainConfig, device: torch.device) -> tuple[RealGeneralP
 
 
 def place_models(pipe: RealGeneralPipeline, config: TrainConfig, device: torch.device) -> None:
-    """Move the models to their device; a transformer that will be sharded stays on the CPU."""
+    """Move the models to their device, but for a transformer that will be sharded, and a VAE for the sample grids alone."""
+    staying = (pipe.transformer if config.engine == "fsdp2" else None, pipe.vae if config.precomputed else None)
     for module in _loaded(pipe):
-        if module is not pipe.transformer or config.engine != "fsdp2":
+        if module not in staying:
             module.to(device)
     if device.type == "cpu":
         _realign(pipe)
 
 
 def _loaded(pipe: RealGeneralPipeline) -> list[nn.Module]:
-    """The models that are there: with precomputed inputs, the transformer alone."""
+    """The models that are there: with precomputed inputs, no text encoder."""
     return [module for module in (pipe.vae, pipe.text_encoder, pipe.transformer) if module is not None]
 
 
