@@ -29,7 +29,7 @@ from realgeneral.buckets import Shape
 from realgeneral.config import TrainConfig
 from realgeneral.data import PairDataset, RunSampler
 from realgeneral.engine import Engine, Stop
-from realgeneral.errors import Failure
+from realgeneral.errors import Failure, UsageError
 from realgeneral.loading import training_dataset, training_texts
 from realgeneral.memory import MemoryBudget, StepShape, largest, memory_budget, used_bytes
 from realgeneral.models import load_models, place_models
@@ -98,11 +98,13 @@ def open_run(config: TrainConfig, engine: Engine) -> Run:
     with engine.together():
         check_tracker(config)
         resumed = checkpoint.start_or_resume(config, output, engine.world)
+        start = int(resumed.name.removeprefix("step-")) if resumed else 0
+    agree_on_start(engine, output, start)
+    with engine.together():
         source = open_source(config.data, config.columns)
         pipe, info = load_models(config, engine.device)
         if resumed:
             checkpoint.load_weights(resumed, pipe.transformer)
-        start = int(resumed.name.removeprefix("step-")) if resumed else 0
         dataset = training_dataset(config, pipe, info.tasks, source)
         batches = open_data(config, engine, dataset, start)
         batches, budget = plan_memory(config, engine, pipe, dataset, batches)
@@ -120,6 +122,17 @@ def open_run(config: TrainConfig, engine: Engine) -> Run:
     return Run(
         config, engine, output, source, pipe, info, model, trained, optimizer, ema, texts, batches, start, log, budget
     )  # fmt: skip
+
+
+def agree_on_start(engine: Engine, output: Path, start: int) -> None:
+    """UsageError in every process if one would start at another step: only a folder that all see holds the same checkpoints."""
+    starts = engine.gather_objects([start])
+    for rank, other in enumerate(starts):
+        if other != starts[0]:
+            raise UsageError(
+                f"output must be a folder that all processes see, got {output} with step {starts[0]} in process 0 and step "
+                f"{other} in process {rank}"
+            )
 
 
 def open_data(config: TrainConfig, engine: Engine, dataset: PairDataset, start: int) -> Iterator[Batch]:
