@@ -192,7 +192,8 @@ def _run(
 ) -> tuple[int, int]:
     """Call a model on fake weights; returns the peak of the bytes allocated in it, and the bytes of its trained weights."""
     device = device or next(pipe.transformer.parameters()).device
-    device = torch.device("cpu") if device.type == "meta" else device
+    # as tensors name it: "cpu:0" is "cpu", "cuda" is "cuda:0"
+    device = torch.empty(0, device="cpu" if device.type == "meta" else device).device
     with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"):
         # weights of its own: no gradient reaches the model's, and no view of one counts as new
         tensors = itertools.chain(model.named_parameters(), model.named_buffers())
