@@ -28,7 +28,7 @@ from realgeneral.adapter import (
     read_tensors,
     write_adapter,
 )
-from realgeneral.config import TrainConfig, check_resumable
+from realgeneral.config import TrainConfig, adjusted, check_resumable
 from realgeneral.errors import Failure, UsageError
 from realgeneral.shards import shard_like, whole
 
@@ -42,13 +42,14 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(complete, key=lambda p: int(p.name.removeprefix("step-")))
 
 
-def start_or_resume(config: TrainConfig, output: Path, processes: int = 1) -> Path | None:
+def start_or_resume(config: TrainConfig, output: Path, processes: int = 1, tell: bool = True) -> Path | None:
     """The checkpoint to continue from, or None for a fresh run.
 
     Args:
         config: Of this run.
         output: Its folder.
         processes: That take part in it.
+        tell: Print a line for each adjustable setting that changes.
 
     Raises:
         UsageError: The folder holds a run and `resume` is off, or the settings differ from that run's.
@@ -75,6 +76,8 @@ def start_or_resume(config: TrainConfig, output: Path, processes: int = 1) -> Pa
             "batch_size * gradient_accumulation_steps * processes must be "
             f"{state['samples_per_step']} as in the run to resume, got {samples}"
         )
+    for change in adjusted(state["config"], config) if tell else []:
+        print(f"{change} ({found[-1].name})", flush=True)
     return found[-1]
 
 

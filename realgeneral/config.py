@@ -148,17 +148,28 @@ RESUMABLE = frozenset(
     "num_workers strict tensorboard tracker fused_kernels gradient_checkpointing engine deepspeed_config "
     "gradient_accumulation_steps".split()
 )
+# what may change a run on purpose, to get past a step where it diverged: told when it does
+ADJUSTABLE = ("learning_rate", "max_grad_norm")
 
 
 def check_resumable(old: dict[str, Any], new: TrainConfig) -> None:
     """UsageError that names the first setting by which a continuation would differ from its run."""
     for item in fields(new):
-        if item.name in RESUMABLE or item.name not in old:
+        if item.name in RESUMABLE or item.name in ADJUSTABLE or item.name not in old:
             continue
         if item.name == "steps" and new.lr_schedule == "constant":
             continue
         if old[item.name] != getattr(new, item.name):
             raise UsageError(f"{item.name} must be {old[item.name]!r} as in the run to resume, got {getattr(new, item.name)!r}")
+
+
+def adjusted(old: dict[str, Any], new: TrainConfig) -> list[str]:
+    """The adjustable settings in which a continuation differs from its run, with both values."""
+    return [
+        f"{name} is {getattr(new, name)!r} from here on, {old[name]!r} before"
+        for name in ADJUSTABLE
+        if name in old and old[name] != getattr(new, name)
+    ]
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def open_run(config: TrainConfig, engine: Engine) -> Run:
     output = Path(config.output)
     with engine.together():
         check_tracker(config)
-        resumed = checkpoint.start_or_resume(config, output, engine.world)
+        resumed = checkpoint.start_or_resume(config, output, engine.world, engine.is_main)
         start = int(resumed.name.removeprefix("step-")) if resumed else 0
     agree_on_start(engine, output, start)
     with engine.together():
@@ -195,7 +195,10 @@ def optimizer_step(run: Run, step: int, bar: Any) -> None:
 def check_finite(run: Run, step: int, parts: list[MicroBatch], norm: Tensor) -> None:
     """Failure in every process, before anything reaches a weight, if a loss or the gradient is NaN or infinite."""
     folder = run.output / f"bad_batch-{step:06d}"
-    kept = f"the batch is in {folder}, earlier checkpoints are intact"
+    kept = (
+        f"the batch is in {folder}, earlier checkpoints are intact; --resume meets it again, and may have another "
+        "--learning-rate or --max-grad-norm"
+    )
     with run.engine.together():
         losses = torch.cat([part.losses for part in parts])
         if not torch.isfinite(losses).all():

@@ -332,7 +332,7 @@ def test_output_that_holds_a_run(config: Callable[..., TrainConfig]) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"learning_rate": 0.5}, {"tasks": ["canny"]}, {"rank": 3}, {"seed": 1}, {"preset": "paper"}, {"width": 48}]
+    "change", [{"weight_decay": 0.5}, {"tasks": ["canny"]}, {"rank": 3}, {"seed": 1}, {"preset": "paper"}, {"width": 48}]
 )
 def test_changed_setting_on_resume(config: Callable[..., TrainConfig], change: dict[str, Any]) -> None:
     """A continuation that would differ names the setting, what it was and what it is."""
@@ -340,6 +340,28 @@ def test_changed_setting_on_resume(config: Callable[..., TrainConfig], change: d
     (name,) = change
     with pytest.raises(UsageError, match=f"^{name} must be .* as in the run to resume, got "):
         train(config(steps=2, resume=True, **change))
+
+
+def test_adjusted_on_resume(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another rate or clip goes into force with the schedule, and is told once with both values."""
+    train(config("whole"))
+    train_until(config("broken"), 3, monkeypatch)
+    capsys.readouterr()
+    train_until(config("broken", resume=True, learning_rate=1e-3, max_grad_norm=1e-4), 4, monkeypatch)
+    told = [line for line in capsys.readouterr().out.splitlines() if "from here on" in line]
+    assert told == [
+        "learning_rate is 0.001 from here on, 0.01 before (step-000002)",
+        "max_grad_norm is 0.0001 from here on, 1.0 before (step-000002)",
+    ]
+    mine, theirs = (rows(config(name).output) for name in ("broken", "whole"))
+    rates = [[row["learning_rate"] for row in run] for run in (mine, theirs)]
+    assert rates[0][:2] == rates[1][:2]
+    assert rates[0][2:4] == pytest.approx([rate / 10 for rate in rates[1][2:4]])
+    # step 3 meets the same weights, step 4 what the new settings made of them
+    assert mine[2]["loss"] == theirs[2]["loss"]
+    assert mine[3]["loss"] != theirs[3]["loss"]
 
 
 def test_checkpoint_of_an_earlier_version(config: Callable[..., TrainConfig]) -> None:
