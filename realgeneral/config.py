@@ -142,11 +142,12 @@ class TrainConfig(DataSettings):
 
 
 # settings that may differ between a run and its continuation without changing what is learned from the next batch; the samples
-# per optimizer step must stay the same, over however many processes and micro-steps
+# per optimizer step must stay the same, over however many processes and micro-steps; so must what `checkpoint.check_data` looks
+# at in data and store, wherever they are
 RESUMABLE = frozenset(
-    "output resume debug save_every keep_checkpoints sample_every sample_count sample_steps guidance_scale log_every "
-    "num_workers strict tensorboard tracker fused_kernels gradient_checkpointing engine deepspeed_config "
-    "gradient_accumulation_steps".split()
+    "data precomputed variants output resume debug save_every keep_checkpoints sample_every sample_count sample_steps "
+    "guidance_scale log_every num_workers strict tensorboard tracker fused_kernels gradient_checkpointing engine "
+    "deepspeed_config gradient_accumulation_steps".split()
 )
 # what may change a run on purpose, to get past a step where it diverged: told when it does
 ADJUSTABLE = ("learning_rate", "max_grad_norm")

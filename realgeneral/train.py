@@ -58,6 +58,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     ema: EMAModel | None
     texts: Texts
+    dataset: PairDataset
     batches: Iterator[Batch]
     start: int
     log: MetricsLog
@@ -106,6 +107,8 @@ def open_run(config: TrainConfig, engine: Engine) -> Run:
         if resumed:
             checkpoint.load_weights(resumed, pipe.transformer)
         dataset = training_dataset(config, pipe, info.tasks, source)
+        if resumed:
+            checkpoint.check_data(resumed, dataset)
         batches = open_data(config, engine, dataset, start)
         batches, budget = plan_memory(config, engine, pipe, dataset, batches)
         place_models(pipe, config, engine.device)
@@ -120,7 +123,7 @@ def open_run(config: TrainConfig, engine: Engine) -> Run:
     with engine.together():
         log = MetricsLog(output / "metrics.jsonl", start, config, engine.is_main)
     return Run(
-        config, engine, output, source, pipe, info, model, trained, optimizer, ema, texts, batches, start, log, budget
+        config, engine, output, source, pipe, info, model, trained, optimizer, ema, texts, dataset, batches, start, log, budget
     )  # fmt: skip
 
 
@@ -244,7 +247,7 @@ def save_checkpoint(run: Run, done: int) -> None:
     """A checkpoint after `done` steps, written by the main process; if it cannot, all stop."""
     engine = run.engine
     adapter, state = checkpoint.snapshot(
-        run.config, done, engine.world, run.pipe.transformer, run.optimizer, run.ema, keep=engine.is_main
+        run.config, done, engine.world, run.dataset, run.pipe.transformer, run.optimizer, run.ema, keep=engine.is_main
     )
     with engine.together():
         if engine.is_main:

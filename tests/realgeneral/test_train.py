@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -342,6 +343,18 @@ def test_changed_setting_on_resume(config: Callable[..., TrainConfig], change: d
         train(config(steps=2, resume=True, **change))
 
 
+def test_data_that_changed_on_resume(config: Callable[..., TrainConfig], data: Path, tmp_path: Path) -> None:
+    """Another number of rows would be another order: refused with both; the same rows elsewhere go on."""
+    shutil.copytree(data, tmp_path / "moved")
+    train(config(steps=2, lr_schedule="constant"))
+    again = config(steps=3, lr_schedule="constant", resume=True, data=str(tmp_path / "moved"))
+    assert train(again)["steps"] == 3
+    make_photo(48, 32, 9).save(tmp_path / "moved" / "more.png")
+    (tmp_path / "moved" / "more.txt").write_text("a cat")
+    with pytest.raises(UsageError, match=r"^data must have 6 rows as in the run to resume, got 7$"):
+        train(again)
+
+
 def test_adjusted_on_resume(
     config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -404,11 +417,42 @@ def test_damaged_newest_checkpoint(config: Callable[..., TrainConfig]) -> None:
         train(config(steps=4, resume=True))
     lora = Path(made.output) / "checkpoints/step-000002" / LORA_FILE
     lora.write_bytes(lora.read_bytes()[:100])
-    import shutil
-
-    shutil.rmtree(state.parent)
-    with pytest.raises(Failure, match="complete safetensors file"):
+    state.write_bytes(bytes(5000))  # what a power loss can leave
+    with pytest.raises(Failure, match=r"training_state.pt must be a complete file.*remove step-000004"):
         train(config(steps=4, resume=True))
+    shutil.rmtree(state.parent)
+    with pytest.raises(Failure, match=r"complete safetensors file.*; remove step-000002 to resume before it"):
+        train(config(steps=4, resume=True))
+
+
+def test_checkpoint_is_on_the_disk_before_older_ones_go(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files, then its name, are flushed before the last good checkpoint is removed."""
+    events: list[str] = []
+    fsync, replace, rmtree = os.fsync, os.replace, shutil.rmtree
+
+    def flush(handle: int) -> None:
+        events.append(f"flush {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        fsync(handle)
+
+    def rename(source: Any, target: Any) -> None:
+        events.append(f"rename {Path(target).name}")
+        replace(source, target)
+
+    def remove(folder: Any, **options: Any) -> None:
+        if Path(folder).exists():
+            events.append(f"remove {Path(folder).name}")
+        rmtree(folder, **options)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", rename)
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    train(config(steps=2, save_every=1, keep_checkpoints=1))
+    pruned, renamed = events.index("remove step-000001"), events.index("rename step-000002")
+    for name in (LORA_FILE, CONDITION_FILE, checkpoint.STATE_FILE, "step-000002.partial"):
+        assert f"flush {name}" in events[events.index("rename step-000001") : renamed]
+    assert "flush checkpoints" in events[renamed:pruned]
 
 
 def test_new_process_makes_the_same_picture(
