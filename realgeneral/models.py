@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from realgeneral.adapter import AdapterInfo, adapter_info, add_lora, load_adapter, mark_trainable
 from realgeneral.bases import load_pipeline
+from realgeneral.checkpoint import load_weights
 from realgeneral.config import TrainConfig
 from realgeneral.errors import UsageError
 from realgeneral.kernels import use_kernels
@@ -73,11 +76,20 @@ def _fresh_adapter(config: TrainConfig, pipe: RealGeneralPipeline) -> list[str]:
 
 
 def _start_from_adapter(config: TrainConfig, pipe: RealGeneralPipeline) -> list[str]:
-    info = load_adapter(pipe.transformer, resolve_adapter(config.init_adapter), preset=config.preset)
+    folder = Path(resolve_adapter(config.init_adapter))
+    info = load_adapter(pipe.transformer, folder, preset=config.preset)
+    # once more into float32: it was loaded for inference, in the base's dtype
+    mark_trainable(pipe.transformer)
+    load_weights(folder, pipe.transformer)
     if (info.rank, info.alpha) != (config.rank, config.alpha or config.rank):
         raise UsageError(
             f"rank and alpha must be those of the adapter to start from, {info.rank} and {info.alpha:g}, "
             f"got {config.rank} and {config.alpha or config.rank:g}"
+        )
+    targets = sorted(pipe.transformer.peft_config["default"].target_modules)
+    if targets != sorted(config.lora_targets):
+        raise UsageError(
+            f"lora_targets must be those of the adapter to start from, {targets}, got {sorted(config.lora_targets)}"
         )
     tasks = run_tasks(config.tasks, config.data) if config.tasks else list(info.tasks)
     if tuple(get_task(spec).name for spec in tasks) != info.task_names:

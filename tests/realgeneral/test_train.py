@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -200,7 +201,7 @@ def test_bf16(config: Callable[..., TrainConfig]) -> None:
 
 
 def test_gradient_accumulation_is_the_larger_batch(config: Callable[..., TrainConfig]) -> None:
-    """The optimizer step sees the mean over micro-steps: sample numbers are those of one larger batch."""
+    """The optimizer step sees the mean over micro-steps: samples, loss and gradient are those of one larger batch."""
     small, large = config("small", gradient_accumulation_steps=2, batch_size=2), config("large", batch_size=4)
     names: dict[str, list[str]] = {"small": [], "large": []}
     for key, made in (("small", small), ("large", large)):
@@ -217,6 +218,10 @@ def test_gradient_accumulation_is_the_larger_batch(config: Callable[..., TrainCo
             train_module.collate = original
     assert names["small"] == names["large"]
     assert len(names["small"]) == 24
+    # AdamW would hide a wrong scale, so the gradient itself; after the first update rounding has grown
+    first, expected = rows(small.output)[0], rows(large.output)[0]
+    for name in ("loss", "gradient_norm"):
+        assert first[name] == pytest.approx(expected[name], rel=16 * torch.finfo(torch.float32).eps)
 
 
 def test_gradient_checkpointing_trains_the_same(config: Callable[..., TrainConfig]) -> None:
@@ -489,12 +494,14 @@ def test_new_process_makes_the_same_picture(
     assert half.tobytes() != picture.tobytes()
 
 
-def test_init_adapter(config: Callable[..., TrainConfig], bases: dict[str, Path]) -> None:
-    """Training goes on from a given adapter, with its tasks, rank and alpha; other tasks or another preset are refused."""
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_init_adapter(config: Callable[..., TrainConfig], mixed_precision: str) -> None:
+    """Training goes on from a given adapter, unrounded, with its tasks, rank and alpha; other settings are refused."""
+    config = functools.partial(config, mixed_precision=mixed_precision)
     first = train(config("first", steps=2, lr_schedule="constant"))
     made = config(
-        "second", steps=1, init_adapter=first["adapter"], tasks=[], learning_rate=1e-9, warmup_steps=0, weight_decay=0.0
-    )
+        "second", steps=1, init_adapter=first["adapter"], tasks=[], learning_rate=1e-9, warmup_steps=0, weight_decay=0.0,
+    )  # fmt: skip
     second = train(made)
     one, two = weights(first["adapter"]), weights(second["adapter"])
     for name in one:
@@ -504,6 +511,10 @@ def test_init_adapter(config: Callable[..., TrainConfig], bases: dict[str, Path]
         train(config("third", init_adapter=first["adapter"], tasks=["canny"]))
     with pytest.raises(UsageError, match="adapter must be of preset 'paper', got one trained in preset 'cached'"):
         train(config("fourth", init_adapter=first["adapter"], preset="paper"))
+    with pytest.raises(
+        UsageError, match=r"lora_targets must be those of the adapter to start from, \[.*'to_v'\], got \['to_q'\]"
+    ):
+        train(config("fifth", init_adapter=first["adapter"], lora_targets=["to_q"]))
 
 
 # --- ways to end ---------------------------------------------------------------------------------------------------------
