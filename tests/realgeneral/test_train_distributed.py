@@ -240,12 +240,15 @@ def test_larger_micro_batches_and_checkpointing(config: Callable[..., TrainConfi
         assert abs(mine - theirs) / theirs <= 10 * spread + 16 * torch.finfo(torch.float32).eps
 
 
-@NEEDS_DEEPSPEED
-def test_deepspeed_in_bfloat16(config: Callable[..., TrainConfig]) -> None:
-    """DeepSpeed switches off the autocast around its engine: the model's own has the bits of one process."""
-    two = config("two", engine="deepspeed", mixed_precision="bf16", steps=3)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_in_bfloat16(config: Callable[..., TrainConfig], engine: str) -> None:
+    """A frozen base in bfloat16 beside trained weights in float32, autocast: the bits of one process.
+
+    DeepSpeed switches off the autocast around its engine, and the model's own takes its place.
+    """
+    two = config("two", engine=engine, mixed_precision="bf16", steps=2)
     assert_done(in_two(two))
-    train(config("one", mixed_precision="bf16", steps=3, gradient_accumulation_steps=2))
+    train(config("one", mixed_precision="bf16", steps=2, gradient_accumulation_steps=2))
     assert losses(two.output) == losses(config("one").output)
     assert_same_weights(Path(two.output) / "adapter", Path(config("one").output) / "adapter")
 
