@@ -14,8 +14,8 @@ from transformers import T5Config, T5EncoderModel
 
 from realgeneral.adapter import add_lora
 from realgeneral.config import TrainConfig
+from realgeneral.loading import run_tasks
 from realgeneral.memory import GIB, StepShape, memory_budget
-from realgeneral.models import task_specs
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.recompute import checkpointing
 from realgeneral.tasks import get_task
@@ -45,13 +45,14 @@ VAE = {
 ROWS: list[tuple[str, tuple[int, int], int, int, str, str, bool, int]] = [
     ("2B", (512, 512), 64, 1, "selective", "adamw", True, 1),
     ("5B", (512, 512), 64, 1, "full", "adamw", True, 1),
-    ("5B", (720, 480), 64, 1, "full", "adamw8bit", True, 1),
+    ("5B", (720, 480), 64, 1, "selective", "adamw", True, 1),
     ("5B", (720, 480), 64, 1, "selective", "adamw8bit", True, 1),
+    ("5B", (720, 480), 64, 1, "full", "adamw8bit", True, 1),
     ("5B", (720, 480), 64, 1, "none", "adamw8bit", True, 1),
-    ("5B", (720, 480), 128, 4, "selective", "adamw", True, 1),
     ("5B", (720, 480), 64, 1, "selective", "adamw", False, 1),
-    ("1.5-5B", (1360, 768), 64, 1, "selective", "adamw8bit", True, 1),
+    ("5B", (720, 480), 128, 4, "selective", "adamw", True, 1),
     ("5B", (720, 480), 128, 4, "selective", "adamw", True, 8),
+    ("1.5-5B", (1360, 768), 64, 1, "selective", "adamw8bit", True, 1),
 ]
 
 
@@ -59,7 +60,7 @@ def empty_pipeline(base: str, config: TrainConfig) -> RealGeneralPipeline:
     """A pipeline without weights in the geometry of a real base, set up as the trainer does."""
     changes = dict(BASES[base])
     rotary = changes.pop("rotary", False)
-    names = [get_task(spec).name for spec in task_specs(config)]
+    names = [get_task(spec).name for spec in run_tasks(config.tasks, config.data)]
     with torch.device("meta"):
         transformer = RealGeneralTransformer3DModel(
             tasks=names, preset=config.preset, use_rotary_positional_embeddings=rotary, **SHARED, **changes
@@ -85,7 +86,7 @@ def main() -> None:
     for base, (width, height), rank, batch, kind, optimizer, precomputed, processes in ROWS:
         config = TrainConfig(
             data="pictures", rank=rank, batch_size=batch, gradient_checkpointing=kind, optimizer=optimizer,
-            mixed_precision="bf16", engine="fsdp2" if processes > 1 else "ddp",
+            mixed_precision="bf16", engine="fsdp2" if processes > 1 else "ddp", height=height, width=width,
         )  # fmt: skip
         b = memory_budget(empty_pipeline(base, config), config, StepShape(batch, 1, height, width), processes, not precomputed)
         parts = [b.base + b.encoders, b.trained, b.optimizer, b.step, b.total]

@@ -294,7 +294,7 @@ def load_adapter(
     copy_branch(transformer, branch, branch_path)
     transformer.load_lora_adapter(str(folder), prefix="transformer", weight_name=LORA_FILE, adapter_name="default")
     for parameter in mark_trainable(transformer):
-        # inference runs in the base's dtype; a trainer that goes on calls mark_trainable again
+        # inference runs in the base's dtype; a trainer that goes on marks and fills them again
         parameter.data = parameter.data.to(transformer.proj_out.weight.dtype)
         parameter.requires_grad_(False)
     return info

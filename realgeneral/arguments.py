@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from realgeneral.errors import UsageError
 
@@ -62,3 +63,10 @@ def condition_lists(condition: Conditions | None, batch: int) -> list[list[Image
     if len({len(row) for row in lists}) != 1 or not lists[0]:
         raise UsageError(f"condition must have the same number of images for each prompt, got {[len(r) for r in lists]}")
     return lists
+
+
+def check_embeds(prompts: int, **embeds: Tensor | None) -> None:
+    """Text features that are given hold one row per prompt."""
+    for name, given in embeds.items():
+        if given is not None and len(given) != prompts:
+            raise UsageError(f"{name} must have one row per prompt ({prompts}), got {len(given)}")

@@ -1,4 +1,4 @@
-"""A base without its largest parts: encoders without transformer to precompute, transformer without encoders to train."""
+"""A base without its largest parts: encoders without transformer to precompute, the rest without text encoder to train."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def load_for_data(base: str) -> RealGeneralPipeline:
 
 
 def load_pipeline(base: str, dtype: torch.dtype, **parts: Any) -> RealGeneralPipeline:
-    """A base, or the rest of it beside given `parts`: VAE and text encoder frozen, the VAE folded to single frames."""
+    """A base, or the rest of it beside given `parts` (None: left out): encoders frozen, the VAE folded to single frames."""
     pipe = RealGeneralPipeline.from_pretrained(base, dtype=dtype, **parts)
     fold_single_frame(pipe.vae)
-    for module in (pipe.vae, pipe.text_encoder):
+    for module in filter(None, (pipe.vae, pipe.text_encoder)):
         module.requires_grad_(False).eval()
     return pipe
 
@@ -89,23 +89,12 @@ def load_encoders(pipe: RealGeneralPipeline, base: str, dtype: torch.dtype, devi
     pipe.vae, pipe.text_encoder = loaded.vae.to(device), loaded.text_encoder.to(device)
 
 
-def load_without_encoders(base: str, dtype: torch.dtype) -> RealGeneralPipeline:
-    """A pipeline whose VAE and text encoder are not loaded: they are None."""
-    pipe = RealGeneralPipeline.from_pretrained(base, dtype=dtype, vae=None, text_encoder=None)
-    config = AutoencoderKLCogVideoX.load_config(base_folder(base, ()), subfolder="vae")
-    # without a VAE diffusers takes 8
-    pipe.vae_scale_factor_spatial = 2 ** (len(config["block_out_channels"]) - 1)
-    return pipe
-
-
 @contextlib.contextmanager
-def with_encoders(pipe: RealGeneralPipeline, base: str, dtype: torch.dtype) -> Iterator[None]:
-    """Load VAE and text encoder if they are not there, and drop them afterwards."""
-    missing = pipe.vae is None
-    if missing:
-        load_encoders(pipe, base, dtype, pipe.transformer.device)
+def lent(module: Any, device: torch.device) -> Iterator[None]:
+    """A model on `device` for the moment of use."""
+    home = module.device
+    module.to(device)
     try:
         yield
     finally:
-        if missing:
-            pipe.vae = pipe.text_encoder = None
+        module.to(home)

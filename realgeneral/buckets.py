@@ -173,6 +173,8 @@ class Order(Protocol):
 
     # so many consecutive samples belong to one process, as one batch
     run: int
+    # sizes and numbers of conditions that its batches have; empty if only the rows know
+    shapes: Sequence[Shape]
 
     def choices(self, n: int) -> int:
         """How many rows can stand in for sample n."""
@@ -188,6 +190,7 @@ class OneSize:
     """Every row at one size: sample n is row n of the shuffled epochs."""
 
     run = 1
+    shapes: Sequence[Shape] = ()
 
     def __init__(self, blocks: Sequence[Block], seed: int, size: Size) -> None:
         self.blocks, self.seed, self._size = blocks, seed, size
@@ -230,6 +233,7 @@ class Bucketed:
         fullest = max(counts, key=lambda b: (counts[b], b)) if counts else (sizes[0], 1)
         self.buckets = [bucket or fullest for bucket in found]
         self.counts = Counter(self.buckets)
+        self.shapes: Sequence[Shape] = [Shape(*size, conditions) for size, conditions in self.counts]
         self.batches_per_epoch = sum(-(-count // batch_size) for count in self.counts.values())
         # reshuffling the batches would scatter the reads of a windowed source
         self.windowed = sum(block.bytes for block in blocks) > WINDOW_BYTES

@@ -28,7 +28,8 @@ from realgeneral.adapter import (
     read_tensors,
     write_adapter,
 )
-from realgeneral.config import TrainConfig, check_resumable
+from realgeneral.config import TrainConfig, adjusted, check_resumable
+from realgeneral.data import PairDataset
 from realgeneral.errors import Failure, UsageError
 from realgeneral.shards import shard_like, whole
 
@@ -42,13 +43,14 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(complete, key=lambda p: int(p.name.removeprefix("step-")))
 
 
-def start_or_resume(config: TrainConfig, output: Path, processes: int = 1) -> Path | None:
+def start_or_resume(config: TrainConfig, output: Path, processes: int = 1, tell: bool = True) -> Path | None:
     """The checkpoint to continue from, or None for a fresh run.
 
     Args:
         config: Of this run.
         output: Its folder.
         processes: That take part in it.
+        tell: Print a line for each adjustable setting that changes.
 
     Raises:
         UsageError: The folder holds a run and `resume` is off, or the settings differ from that run's.
@@ -75,7 +77,23 @@ def start_or_resume(config: TrainConfig, output: Path, processes: int = 1) -> Pa
             "batch_size * gradient_accumulation_steps * processes must be "
             f"{state['samples_per_step']} as in the run to resume, got {samples}"
         )
+    for change in adjusted(state["config"], config) if tell else []:
+        print(f"{change} ({found[-1].name})", flush=True)
     return found[-1]
+
+
+def data_facts(dataset: PairDataset) -> dict[str, int]:
+    """What a run's order and draws depend on in its data, wherever it is."""
+    return {"rows": len(dataset.source), "variants": dataset.variants}
+
+
+def check_data(folder: Path, dataset: PairDataset) -> None:
+    """UsageError that names the first fact in which the data differs from that of the run to resume."""
+    # nothing is known of the data of checkpoints from before it was kept
+    for name, old in _read_state(folder).get("data", {}).items():
+        new = data_facts(dataset)[name]
+        if new != old:
+            raise UsageError(f"data must have {old} {name} as in the run to resume, got {new}")
 
 
 def samples_per_step(config: TrainConfig, processes: int) -> int:
@@ -84,7 +102,14 @@ def samples_per_step(config: TrainConfig, processes: int) -> int:
 
 
 def snapshot(
-    config: TrainConfig, step: int, processes: int, transformer: Any, optimizer: Any, ema: Any, keep: bool = True
+    config: TrainConfig,
+    step: int,
+    processes: int,
+    dataset: PairDataset,
+    transformer: Any,
+    optimizer: Any,
+    ema: Any,
+    keep: bool = True,
 ) -> tuple[AdapterTensors, dict[str, Any]]:
     """Adapter and training state as they go to disk; where parameters are shards, all processes must call it.
 
@@ -92,6 +117,7 @@ def snapshot(
         config: Of the run.
         step: Steps done.
         processes: That take part in it.
+        dataset: Its samples.
         transformer: The model.
         optimizer: Its optimizer.
         ema: Its average, or None.
@@ -101,6 +127,7 @@ def snapshot(
         "step": step,
         "config": asdict(config),
         "samples_per_step": samples_per_step(config, processes),
+        "data": data_facts(dataset),
         "optimizer": whole(optimizer.state_dict(), keep),
         "ema": whole(ema.state_dict(), keep) if ema is not None else None,
     }
@@ -108,7 +135,7 @@ def snapshot(
 
 
 def save(output: Path, info: AdapterInfo, adapter: AdapterTensors, state: dict[str, Any]) -> Path:
-    """Write `step-NNNNNN` beside its final name, rename it, and drop the oldest beyond `keep_checkpoints`."""
+    """Write `step-NNNNNN` beside its final name, rename it, and once it is on the disk drop the oldest."""
     step, keep = state["step"], state["config"]["keep_checkpoints"]
     final = output / "checkpoints" / f"step-{step:06d}"
     partial = final.with_suffix(".partial")
@@ -116,8 +143,11 @@ def save(output: Path, info: AdapterInfo, adapter: AdapterTensors, state: dict[s
     try:
         write_adapter(adapter, partial, info)
         torch.save(state, partial / STATE_FILE)
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
+        _flush(final.parent)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise Failure(
@@ -130,8 +160,12 @@ def save(output: Path, info: AdapterInfo, adapter: AdapterTensors, state: dict[s
 
 def load_weights(folder: Path, transformer: Any) -> None:
     """Restore the adapter's weights; before the model is sharded."""
-    copy_branch(transformer, read_tensors(folder / CONDITION_FILE), folder / CONDITION_FILE)
-    lora = {name.removeprefix("transformer."): x for name, x in read_tensors(folder / LORA_FILE).items()}
+    try:
+        branch, stored = read_tensors(folder / CONDITION_FILE), read_tensors(folder / LORA_FILE)
+    except Failure as error:
+        raise Failure(f"{error}; remove {folder.name} to resume before it") from None
+    copy_branch(transformer, branch, folder / CONDITION_FILE)
+    lora = {name.removeprefix("transformer."): x for name, x in stored.items()}
     set_peft_model_state_dict(transformer, lora)
 
 
@@ -145,6 +179,15 @@ def load_state(folder: Path, parameters: Sequence[Any], optimizer: Any, ema: Any
         shadows = zip(state["ema"]["shadow_params"], parameters, strict=True)
         ema.load_state_dict({**state["ema"], "shadow_params": [shard_like(x, p).to(p.device) for x, p in shadows]})
     return int(state["step"])
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

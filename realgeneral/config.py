@@ -62,7 +62,9 @@ class TrainConfig(DataSettings):
     task_weights: list[float] = _opt("relative frequency of each task, for rows that name none; default: equal", many=())
     output: str = _opt("folder for checkpoints, samples, logs and the final adapter", "outputs/train")
     preset: Literal["paper", "cached", "open"] = _opt("how condition tokens take part", "cached")
-    precomputed: str = _opt("folder of realgeneral precompute: VAE and text encoder are not loaded", "")
+    precomputed: str = _opt(
+        "folder of realgeneral precompute: the text encoder is not loaded, the VAE for sample grids alone", ""
+    )
     variants: int = _opt("draws per row of what is random (the hole of inpainting); 0 = a new one each time", 0)
     rank: int = _opt("LoRA rank", 64)
     alpha: float = _opt("LoRA alpha; 0 = rank", 0.0)
@@ -144,23 +146,35 @@ class TrainConfig(DataSettings):
 
 
 # settings that may differ between a run and its continuation without changing what is learned from the next batch; the samples
-# per optimizer step must stay the same, over however many processes and micro-steps
+# per optimizer step must stay the same, over however many processes and micro-steps; so must what `checkpoint.check_data` looks
+# at in data and store, wherever they are
 RESUMABLE = frozenset(
-    "output resume debug save_every keep_checkpoints sample_every sample_count sample_steps guidance_scale log_every "
-    "num_workers strict tensorboard tracker fused_kernels gradient_checkpointing engine deepspeed_config "
-    "gradient_accumulation_steps".split()
+    "data precomputed variants output resume debug save_every keep_checkpoints sample_every sample_count sample_steps "
+    "guidance_scale log_every num_workers strict tensorboard tracker fused_kernels gradient_checkpointing engine "
+    "deepspeed_config gradient_accumulation_steps".split()
 )
+# what may change a run on purpose, to get past a step where it diverged: told when it does
+ADJUSTABLE = ("learning_rate", "max_grad_norm")
 
 
 def check_resumable(old: dict[str, Any], new: TrainConfig) -> None:
     """UsageError that names the first setting by which a continuation would differ from its run."""
     for item in fields(new):
-        if item.name in RESUMABLE or item.name not in old:
+        if item.name in RESUMABLE or item.name in ADJUSTABLE or item.name not in old:
             continue
         if item.name == "steps" and new.lr_schedule == "constant":
             continue
         if old[item.name] != getattr(new, item.name):
             raise UsageError(f"{item.name} must be {old[item.name]!r} as in the run to resume, got {getattr(new, item.name)!r}")
+
+
+def adjusted(old: dict[str, Any], new: TrainConfig) -> list[str]:
+    """The adjustable settings in which a continuation differs from its run, with both values."""
+    return [
+        f"{name} is {getattr(new, name)!r} from here on, {old[name]!r} before"
+        for name in ADJUSTABLE
+        if name in old and old[name] != getattr(new, name)
+    ]
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ bytes alive at its peak are counted.
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,10 +21,13 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from realgeneral.buckets import Shape
 from realgeneral.config import TrainConfig
 from realgeneral.diffusion import v_loss
+from realgeneral.layout import get_preset
 from realgeneral.objective import encode_pictures
 from realgeneral.pipeline import RealGeneralPipeline
+from realgeneral.vae import decode_latents, encode_images
 from realgeneral.zero import bucket_bytes
 
 GIB = 2**30
@@ -37,10 +41,10 @@ class MemoryBudget:
 
     Args:
         base: Frozen weights of the transformer.
-        encoders: VAE and text encoder.
+        encoders: VAE and text encoder, if they stay on the device.
         trained: Trained weights, and their average if there is one.
         optimizer: States of the optimizer.
-        step: Peak of a step: gradients, activations, inputs.
+        step: Peak of a step: gradients, activations, inputs; of a sample grid if that is more.
     """
 
     base: int
@@ -80,7 +84,12 @@ class StepShape:
 
 
 def memory_budget(
-    pipe: RealGeneralPipeline, config: TrainConfig, shape: StepShape, processes: int = 1, encode: bool = True
+    pipe: RealGeneralPipeline,
+    config: TrainConfig,
+    shape: StepShape,
+    processes: int = 1,
+    encode: bool = True,
+    device: torch.device | None = None,
 ) -> MemoryBudget:
     """What a run needs on each device.
 
@@ -90,10 +99,12 @@ def memory_budget(
         shape: Of a micro-batch.
         processes: That take part in it.
         encode: Whether VAE and text encoder run in it (not with precomputed inputs).
+        device: Of the run; default: where the models are.
 
     Note:
-        Not counted: what CUDA and its libraries hold for themselves, the allocator's fragmentation, temporaries of a kernel,
-        sample grids. With fsdp2 two blocks are counted as gathered at a time; with deepspeed its bucket of gradients, and this
+        Not counted: what CUDA and its libraries hold for themselves, the allocator's fragmentation, temporaries of a kernel.
+        With fsdp2 two blocks are counted as gathered at a time, and micro-steps add up whole gradients, which are
+        shared out in the last one; with deepspeed its bucket of gradients, and this
         process' part of them twice (as reduced, and as its step flattens them).
     """
     frozen = nbytes(p for p in pipe.transformer.parameters() if not p.requires_grad)
@@ -102,16 +113,20 @@ def memory_budget(
     optimizer = int(trained / 4 * OPTIMIZER_BYTES[config.optimizer])
     # with several processes, or over micro-steps, all gradients live through the forward pass
     kept = processes > 1 or config.gradient_accumulation_steps > 1
-    step = step_bytes(pipe, config, shape, keep_gradients=kept, encode=encode)
+    step = step_bytes(pipe, config, shape, keep_gradients=kept, encode=encode, device=device)
     averaged = trained if config.ema_decay else 0
+    gathered = 2 * nbytes(pipe.transformer.transformer_blocks[0].parameters()) if config.engine == "fsdp2" else 0
+    step += gathered
     if config.engine == "fsdp2":
-        block = nbytes(pipe.transformer.transformer_blocks[0].parameters())
-        step += 2 * block - trained + trained // processes
+        if config.gradient_accumulation_steps == 1:
+            step += trained // processes - trained
         frozen, trained, averaged, optimizer = (n // processes for n in (frozen, trained, averaged, optimizer))
     if config.engine == "deepspeed":
         step += bucket_bytes(config) - trained + 2 * trained // processes
         # its own copy of the weights that this process updates
         trained, optimizer = trained + trained // processes, optimizer // processes
+    if config.sample_count:
+        step = max(step, sample_bytes(pipe, config, shape.conditions, encode, device) + gathered)
     return MemoryBudget(frozen, encoders, trained + averaged, optimizer, step)
 
 
@@ -120,31 +135,76 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
+def largest(shapes: Sequence[Shape]) -> set[Shape]:
+    """Those of which one needs the most memory: the most pixels of a sample (transformer), the most of a picture (VAE)."""
+    return {
+        max(shapes, key=lambda s: (s.width * s.height * (1 + s.conditions), s)),
+        max(shapes, key=lambda s: (s.width * s.height, s.conditions, s)),
+    }
+
+
 def step_bytes(
-    pipe: RealGeneralPipeline, config: TrainConfig, shape: StepShape, keep_gradients: bool = False, encode: bool = True
+    pipe: RealGeneralPipeline,
+    config: TrainConfig,
+    shape: StepShape,
+    keep_gradients: bool = False,
+    encode: bool = True,
+    device: torch.device | None = None,
 ) -> int:
     """Peak of the bytes that a micro-step allocates beyond the models: encoding, forward, backward, gradients.
 
     Args:
-        pipe: Models, on the device of the run, or on "meta" to ask about models that are not there.
+        pipe: Models, or on "meta" to ask about models that are not there.
         config: Settings.
         shape: Of the micro-batch.
         keep_gradients: Whether the gradients of an earlier micro-step are there already.
         encode: Whether the images go through the VAE.
+        device: Of the run; default: where the models are.
     """
-    model = _Step(pipe, encode)
-    device = next(pipe.transformer.parameters()).device
-    device = torch.device("cpu") if device.type == "meta" else device
+    peak, trained = _run(_Step(pipe, encode), pipe, config, shape, keep_gradients, device)
+    return peak + (trained if keep_gradients else 0)
+
+
+def sample_bytes(
+    pipe: RealGeneralPipeline, config: TrainConfig, conditions: int, encode: bool = True, device: torch.device | None = None
+) -> int:
+    """Peak of the bytes that a picture of a sample grid allocates beyond the models of a step.
+
+    Args:
+        pipe: As in `step_bytes`.
+        config: Settings.
+        conditions: Number of condition images.
+        encode: Whether the VAE is on the device; else it is counted here.
+        device: As in `step_bytes`.
+    """
+    shape = StepShape(1, conditions, *pipe._size(config.height or None, config.width or None))
+    peak, _ = _run(_Picture(pipe, config.guidance_scale > 1), pipe, config, shape, False, device)
+    return peak + (0 if encode else nbytes(pipe.vae.parameters()))
+
+
+def _run(
+    model: nn.Module,
+    pipe: RealGeneralPipeline,
+    config: TrainConfig,
+    shape: StepShape,
+    keep_gradients: bool,
+    device: torch.device | None,
+) -> tuple[int, int]:
+    """Call a model on fake weights; returns the peak of the bytes allocated in it, and the bytes of its trained weights."""
+    device = device or next(pipe.transformer.parameters()).device
+    # as tensors name it: "cpu:0" is "cpu", "cuda" is "cuda:0"
+    device = torch.empty(0, device="cpu" if device.type == "meta" else device).device
     with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"):
         # weights of its own: no gradient reaches the model's, and no view of one counts as new
-        own = {n: torch.empty_like(p, device=device).requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
+        tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+        own = {n: torch.empty_like(x, device=device).requires_grad_(x.requires_grad) for n, x in tensors}
         trained = [p for p in own.values() if p.requires_grad]
         if keep_gradients:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
         with PeakBytes() as counter, torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
             functional_call(model, own, (shape, device))
-    return counter.peak + (nbytes(trained) if keep_gradients else 0)
+        return counter.peak, nbytes(trained)
 
 
 class _Step(nn.Module):
@@ -175,6 +235,36 @@ class _Step(nn.Module):
             return_dict=False,
         )[0]
         v_loss(prediction, torch.empty_like(prediction, dtype=torch.float32)).mean().backward()
+
+
+class _Picture(nn.Module):
+    """Encoding of the conditions, a denoising step and decoding, as the pipeline does them for one picture."""
+
+    def __init__(self, pipe: RealGeneralPipeline, guided: bool) -> None:
+        super().__init__()
+        self.transformer, self.vae = pipe.transformer, pipe.vae
+        self.factor, self.rows = pipe.vae_scale_factor_spatial, 2 if guided else 1
+
+    @torch.no_grad()
+    def forward(self, shape: StepShape, device: torch.device) -> None:
+        transformer, config = self.transformer, self.transformer.config
+        dtype = transformer.proj_out.weight.dtype
+        latents = encode_images(self.vae, torch.empty(shape.conditions, 3, shape.height, shape.width, device=device))
+        inputs = {
+            "condition_latents": latents[None].to(dtype),
+            "task_ids": torch.zeros(1, dtype=torch.int64, device=device),
+            "subject_embeds": torch.empty(1, config.text_embed_dim, device=device),
+        }
+        cache = transformer.encode_condition(**inputs) if get_preset(config.preset).cacheable else None
+        text = torch.empty(self.rows, config.max_text_seq_length, config.text_embed_dim, device=device, dtype=dtype)
+        prediction = transformer(
+            latents[None, :1].repeat(self.rows, transformer.geometry.frames_per_image, 1, 1, 1).to(dtype),
+            transformer.embed(text, **({} if cache else inputs)),
+            torch.zeros(self.rows, dtype=torch.int64, device=device),
+            condition_cache=cache,
+            return_dict=False,
+        )[0]
+        decode_latents(self.vae, prediction[:1, -1])
 
 
 class PeakBytes(TorchDispatchMode):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from realgeneral.adapter import AdapterInfo, adapter_info, add_lora, load_adapter, mark_trainable
-from realgeneral.bases import load_pipeline, load_without_encoders
+from realgeneral.bases import load_pipeline
+from realgeneral.checkpoint import load_weights
 from realgeneral.config import TrainConfig
 from realgeneral.errors import UsageError
 from realgeneral.kernels import use_kernels
@@ -23,9 +26,9 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
 
 
 def load_models(config: TrainConfig, device: torch.device) -> tuple[RealGeneralPipeline, AdapterInfo]:
-    """Base with a fresh or given adapter, frozen but for that; a transformer that will be sharded stays on the CPU."""
+    """Base with a fresh or given adapter, frozen but for that; on the CPU until `place_models`."""
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    pipe = load_without_encoders(config.base, dtype) if config.precomputed else load_pipeline(config.base, dtype)
+    pipe = load_pipeline(config.base, dtype, **({"text_encoder": None} if config.precomputed else {}))
     pipe.set_progress_bar_config(disable=True)
     transformer = pipe.transformer
     transformer.requires_grad_(False)
@@ -35,20 +38,24 @@ def load_models(config: TrainConfig, device: torch.device) -> tuple[RealGeneralP
     if config.gradient_checkpointing != "none":
         transformer.enable_gradient_checkpointing(checkpointing(config.gradient_checkpointing))
     use_kernels(transformer, config.fused_kernels, device)
-    info = adapter_info(transformer, tasks, config.base)
-    for module in _loaded(pipe):
-        if module is not transformer or config.engine != "fsdp2":
-            module.to(device)
-    if device.type == "cpu":
-        _realign(pipe)
     transformer.train()
     if config.compile:
         transformer.compile(fullgraph=True)
-    return pipe, info
+    return pipe, adapter_info(transformer, tasks, config.base)
+
+
+def place_models(pipe: RealGeneralPipeline, config: TrainConfig, device: torch.device) -> None:
+    """Move the models to their device, but for a transformer that will be sharded, and a VAE for the sample grids alone."""
+    staying = (pipe.transformer if config.engine == "fsdp2" else None, pipe.vae if config.precomputed else None)
+    for module in _loaded(pipe):
+        if module not in staying:
+            module.to(device)
+    if device.type == "cpu":
+        _realign(pipe)
 
 
 def _loaded(pipe: RealGeneralPipeline) -> list[nn.Module]:
-    """The models that are there: with precomputed inputs, the transformer alone."""
+    """The models that are there: with precomputed inputs, no text encoder."""
     return [module for module in (pipe.vae, pipe.text_encoder, pipe.transformer) if module is not None]
 
 
@@ -69,11 +76,20 @@ def _fresh_adapter(config: TrainConfig, pipe: RealGeneralPipeline) -> list[str]:
 
 
 def _start_from_adapter(config: TrainConfig, pipe: RealGeneralPipeline) -> list[str]:
-    info = load_adapter(pipe.transformer, resolve_adapter(config.init_adapter), preset=config.preset)
+    folder = Path(resolve_adapter(config.init_adapter))
+    info = load_adapter(pipe.transformer, folder, preset=config.preset)
+    # once more into float32: it was loaded for inference, in the base's dtype
+    mark_trainable(pipe.transformer)
+    load_weights(folder, pipe.transformer)
     if (info.rank, info.alpha) != (config.rank, config.alpha or config.rank):
         raise UsageError(
             f"rank and alpha must be those of the adapter to start from, {info.rank} and {info.alpha:g}, "
             f"got {config.rank} and {config.alpha or config.rank:g}"
+        )
+    targets = sorted(pipe.transformer.peft_config["default"].target_modules)
+    if targets != sorted(config.lora_targets):
+        raise UsageError(
+            f"lora_targets must be those of the adapter to start from, {targets}, got {sorted(config.lora_targets)}"
         )
     tasks = run_tasks(config.tasks, config.data) if config.tasks else list(info.tasks)
     if tuple(get_task(spec).name for spec in tasks) != info.task_names:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from realgeneral.adapter import AdapterInfo, load_adapter
-from realgeneral.arguments import Conditions, as_list, check_choices, check_counts, check_prompts, condition_lists
+from realgeneral.arguments import Conditions, as_list, check_choices, check_counts, check_embeds, check_prompts, condition_lists
 from realgeneral.condition import ConditionCache
 from realgeneral.embedding import pool_subject, subject_span_mask
 from realgeneral.errors import UsageError
@@ -110,6 +110,8 @@ class RealGeneralPipeline(CogVideoXPipeline):
         task: str,
         subject: str | Sequence[str | None] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
@@ -133,6 +135,8 @@ class RealGeneralPipeline(CogVideoXPipeline):
             task: Name of a task that the transformer knows.
             subject: Words of the prompt that name the subject (customization), one for all or one per prompt.
             negative_prompt: As in diffusers; empty by default.
+            prompt_embeds: What the text encoder gives for the prompts, [B, T, E]: with both of these it is not needed.
+            negative_prompt_embeds: As `prompt_embeds`, for the negative prompts.
             height: Pixels, a multiple of `size_multiple`; default: the base's own size (1.5: 768 x 1360).
             width: As `height`.
             num_inference_steps: Denoising steps.
@@ -158,6 +162,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
         height, width = self._size(height, width)
         negatives = as_list(negative_prompt, len(prompts))
         check_prompts(prompts, negatives)
+        check_embeds(len(prompts), prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
         check_choices(output_type, callback_on_step_end_tensor_inputs)
         check_counts(num_inference_steps, self.scheduler.config.num_train_timesteps, num_images_per_prompt)
         self._task_ids(task, 1)
@@ -169,7 +174,15 @@ class RealGeneralPipeline(CogVideoXPipeline):
         window = max_sequence_length or self.transformer.config.max_text_seq_length
         self._check_prompts([*prompts, *(negatives or [])], window)
 
-        text, negative = self.encode_prompt(prompts, negatives, guided, max_sequence_length=window, device=device)
+        text, negative = self.encode_prompt(
+            prompts,
+            negatives,
+            guided,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            max_sequence_length=window,
+            device=device,
+        )
         text = text.to(self.transformer.dtype)
         subject_embeds = self._subject_embeds(prompts, subject, text, window)
         inputs, cache = self._condition_inputs(conditions, condition_cache, len(prompts), task, subject_embeds, (height, width))

@@ -6,30 +6,32 @@ import torch
 from PIL import Image
 
 from realgeneral.adapter import AdapterInfo
-from realgeneral.bases import with_encoders
+from realgeneral.bases import lent
 from realgeneral.config import TrainConfig
 from realgeneral.data import PairDataset, TextCheck
+from realgeneral.objective import Texts
 from realgeneral.pictures import picture_grid
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.records import Source
 
 
-def sample_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source) -> Image.Image:
+def sample_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source, texts: Texts) -> Image.Image:
     """A grid (condition | result | target) of the first `sample_count` rows of a fixed order; held-out rows for nano.
+
+    With precomputed inputs the rows are those of training, whose text features are stored, and the VAE is lent to the device.
 
     A result equals what `realgeneral generate` makes of the same prompt, condition, seed, steps and guidance, bit for bit in
     float32.
     """
-    if config.data == "nano":
+    if config.data == "nano" and not config.precomputed:
         from realgeneral.nano.pairs import NanoSource
 
         source = NanoSource("held_out", augment=False)
-    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    with with_encoders(pipe, config.base, dtype):
-        return _grid(pipe, config, info, source)
+    with lent(pipe.vae, pipe.transformer.device):
+        return _grid(pipe, config, info, source, texts)
 
 
-def _grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source) -> Image.Image:
+def _grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source, texts: Texts) -> Image.Image:
     height, width = pipe._size(config.height or None, config.width or None)
     check = TextCheck(pipe.tokenizer, pipe.transformer.config.max_text_seq_length, config.truncate_prompts)
     dataset = PairDataset(source, info.tasks, config.task_weights, (width, height), config.seed, strict=False, check=check)
@@ -44,6 +46,8 @@ def _grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, sou
                 conditions,
                 task=sample.task,
                 subject=sample.subject,
+                prompt_embeds=texts([sample.prompt]),
+                negative_prompt_embeds=texts([""]),
                 height=height,
                 width=width,
                 num_inference_steps=config.sample_steps,

@@ -25,13 +25,14 @@ from tqdm.auto import tqdm
 from realgeneral import checkpoint
 from realgeneral.adapter import AdapterInfo, adapter_tensors, write_adapter
 from realgeneral.bad_batch import MicroBatch, save_bad_batch
+from realgeneral.buckets import Shape
 from realgeneral.config import TrainConfig
 from realgeneral.data import PairDataset, RunSampler
 from realgeneral.engine import Engine, Stop
-from realgeneral.errors import Failure, from_workers
+from realgeneral.errors import Failure, UsageError, from_workers
 from realgeneral.loading import training_dataset, training_texts
-from realgeneral.memory import MemoryBudget, StepShape, memory_budget, used_bytes
-from realgeneral.models import load_models
+from realgeneral.memory import MemoryBudget, StepShape, largest, memory_budget, used_bytes
+from realgeneral.models import load_models, place_models
 from realgeneral.objective import Batch, Draws, Texts, collate, training_loss
 from realgeneral.optimizers import learning_rate_factor, make_optimizer
 from realgeneral.pictures import save_picture
@@ -57,6 +58,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     ema: EMAModel | None
     texts: Texts
+    dataset: PairDataset
     batches: Iterator[Batch]
     start: int
     log: MetricsLog
@@ -96,15 +98,20 @@ def open_run(config: TrainConfig, engine: Engine) -> Run:
     output = Path(config.output)
     with engine.together():
         check_tracker(config)
-        resumed = checkpoint.start_or_resume(config, output, engine.world)
+        resumed = checkpoint.start_or_resume(config, output, engine.world, engine.is_main)
+        start = int(resumed.name.removeprefix("step-")) if resumed else 0
+    agree_on_start(engine, output, start)
+    with engine.together():
         source = open_source(config.data, config.columns)
         pipe, info = load_models(config, engine.device)
         if resumed:
             checkpoint.load_weights(resumed, pipe.transformer)
-        start = int(resumed.name.removeprefix("step-")) if resumed else 0
         dataset = training_dataset(config, pipe, info.tasks, source)
+        if resumed:
+            checkpoint.check_data(resumed, dataset)
         batches = open_data(config, engine, dataset, start)
-        batches, budget = plan_memory(config, engine, pipe, batches)
+        batches, budget = plan_memory(config, engine, pipe, dataset, batches)
+        place_models(pipe, config, engine.device)
         texts = training_texts(pipe, dataset, engine.device)
 
     model = engine.prepare(pipe.transformer)
@@ -116,8 +123,19 @@ def open_run(config: TrainConfig, engine: Engine) -> Run:
     with engine.together():
         log = MetricsLog(output / "metrics.jsonl", start, config, engine.is_main)
     return Run(
-        config, engine, output, source, pipe, info, model, trained, optimizer, ema, texts, batches, start, log, budget
+        config, engine, output, source, pipe, info, model, trained, optimizer, ema, texts, dataset, batches, start, log, budget
     )  # fmt: skip
+
+
+def agree_on_start(engine: Engine, output: Path, start: int) -> None:
+    """UsageError in every process if one would start at another step: only a folder that all see holds the same checkpoints."""
+    starts = engine.gather_objects([start])
+    for rank, other in enumerate(starts):
+        if other != starts[0]:
+            raise UsageError(
+                f"output must be a folder that all processes see, got {output} with step {starts[0]} in process 0 and step "
+                f"{other} in process {rank}"
+            )
 
 
 def open_data(config: TrainConfig, engine: Engine, dataset: PairDataset, start: int) -> Iterator[Batch]:
@@ -130,22 +148,24 @@ def open_data(config: TrainConfig, engine: Engine, dataset: PairDataset, start: 
         sampler=sampler,
         num_workers=config.num_workers,
         collate_fn=collate,
-        worker_init_fn=_leave_interrupts_to_the_trainer,
+        worker_init_fn=_leave_signals_to_the_trainer,
     )
     return _batches(loader)
 
 
 def plan_memory(
-    config: TrainConfig, engine: Engine, pipe: RealGeneralPipeline, batches: Iterator[Batch]
+    config: TrainConfig, engine: Engine, pipe: RealGeneralPipeline, dataset: PairDataset, batches: Iterator[Batch]
 ) -> tuple[Iterator[Batch], MemoryBudget]:
-    """What the run will need, by its first batch, told before it starts."""
+    """What the run will need, told before anything is moved to the device: by the largest bucket, or its first batch."""
     first = next(batches, None)
     if first is None:  # a finished run
         return batches, MemoryBudget(0, 0, 0, 0, 0)
     factor = pipe.vae_scale_factor_spatial if first.encoded else 1
     height, width = (n * factor for n in first.target.shape[-2:])
-    size = StepShape(len(first.prompts), first.conditions.shape[1], height, width)
-    budget = memory_budget(pipe, config, size, engine.world, encode=not first.encoded)
+    shapes = dataset.order.shapes or [Shape(width, height, first.conditions.shape[1])]
+    sizes = [StepShape(config.batch_size, shape.conditions, shape.height, shape.width) for shape in largest(shapes)]
+    budgets = [memory_budget(pipe, config, size, engine.world, not first.encoded, engine.device) for size in sizes]
+    budget, size = max(zip(budgets, sizes, strict=True), key=lambda pair: pair[0].total)
     if engine.is_main:
         print(f"needs {budget} ({size})", flush=True)
     return itertools.chain([first], batches), budget
@@ -178,7 +198,10 @@ def optimizer_step(run: Run, step: int, bar: Any) -> None:
 def check_finite(run: Run, step: int, parts: list[MicroBatch], norm: Tensor) -> None:
     """Failure in every process, before anything reaches a weight, if a loss or the gradient is NaN or infinite."""
     folder = run.output / f"bad_batch-{step:06d}"
-    kept = f"the batch is in {folder}, earlier checkpoints are intact"
+    kept = (
+        f"the batch is in {folder}, earlier checkpoints are intact; --resume meets it again, and may have another "
+        "--learning-rate or --max-grad-norm"
+    )
     with run.engine.together():
         losses = torch.cat([part.losses for part in parts])
         if not torch.isfinite(losses).all():
@@ -224,7 +247,7 @@ def save_checkpoint(run: Run, done: int) -> None:
     """A checkpoint after `done` steps, written by the main process; if it cannot, all stop."""
     engine = run.engine
     adapter, state = checkpoint.snapshot(
-        run.config, done, engine.world, run.pipe.transformer, run.optimizer, run.ema, keep=engine.is_main
+        run.config, done, engine.world, run.dataset, run.pipe.transformer, run.optimizer, run.ema, keep=engine.is_main
     )
     with engine.together():
         if engine.is_main:
@@ -246,7 +269,7 @@ def save_samples(run: Run, step: int, ema: EMAModel | None) -> None:
         if engine.is_main or engine.sharded:
             # a compiled model would be compiled again for the sampler's batch and its condition cache
             with torch.compiler.set_stance("force_eager" if config.compile else "default"):
-                picture = sample_grid(run.pipe, config, run.info, run.source)
+                picture = sample_grid(run.pipe, config, run.info, run.source, run.texts)
     transformer.train()
     if ema is not None:
         ema.restore(run.trained)
@@ -275,8 +298,11 @@ def _batches(loader: DataLoader[Any]) -> Iterator[Batch]:
         yield from loader
 
 
-def _leave_interrupts_to_the_trainer(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    # launchers and terminals signal the whole process group, and the trainer needs its workers for the step that runs; they end
+    # with it, or within seconds of its death
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

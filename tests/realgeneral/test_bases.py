@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from checkpoints import tiny_text_encoder
 
-from realgeneral.bases import fingerprints, load_for_data, load_without_encoders, with_encoders
+from realgeneral.bases import fingerprints, lent, load_for_data, load_pipeline
 from realgeneral.errors import Failure
 
 
@@ -34,27 +36,31 @@ def test_a_base_that_is_not_there(name: str) -> None:
 
 def test_nano_sizes_without_its_vae() -> None:
     """Its VAE has factor 4 where diffusers would take 8."""
-    for pipe in (load_for_data("nano"), load_without_encoders("nano", torch.float32)):
-        assert (pipe._size(None, None), pipe.size_multiple) == ((64, 64), 8)
-        assert pipe.vae is pipe.text_encoder is None
+    pipe = load_for_data("nano")
+    assert (pipe._size(None, None), pipe.size_multiple) == ((64, 64), 8)
+    assert pipe.vae is pipe.text_encoder is None
 
 
-def test_encoders_for_a_moment(bases: dict[str, Path]) -> None:
-    """They are frozen, folded, and gone afterwards, also after an error; those that were there stay."""
-    pipe = load_without_encoders(str(bases["5b"]), torch.bfloat16)
-    transformer = pipe.transformer
+def test_a_part_that_is_left_out(bases: dict[str, Path]) -> None:
+    """The VAE is frozen and folded as beside a text encoder, which is not there."""
+    pipe = load_pipeline(str(bases["5b"]), torch.bfloat16, text_encoder=None)
+    assert pipe.text_encoder is None
+    assert pipe.vae.dtype == pipe.transformer.dtype == torch.bfloat16
+    assert not any(p.requires_grad for p in pipe.vae.parameters())
+
+
+def test_lent_for_a_moment() -> None:
+    """A model is back afterwards, also after an error."""
+    moves: list[Any] = []
+    module = SimpleNamespace(device="cpu", to=moves.append)
 
     def use() -> None:
-        with with_encoders(pipe, str(bases["5b"]), torch.bfloat16):
-            assert pipe.vae.dtype == pipe.text_encoder.dtype == torch.bfloat16
-            assert not any(p.requires_grad for p in [*pipe.vae.parameters(), *pipe.text_encoder.parameters()])
+        with lent(module, torch.device("cuda")):
             raise KeyError
 
     with pytest.raises(KeyError):
         use()
-    assert pipe.vae is pipe.text_encoder is None
-    assert pipe.transformer is transformer
-    assert transformer.dtype == torch.bfloat16
+    assert moves == [torch.device("cuda"), "cpu"]
 
 
 def test_fingerprints_follow_the_files(bases: dict[str, Path], tmp_path: Path) -> None:

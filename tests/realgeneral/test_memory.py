@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import tiny_text_encoder, tiny_tokenizer, tiny_transformer, tiny_vae
+from conftest import make_photo
 from diffusers import CogVideoXDDIMScheduler
+from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 from realgeneral import RealGeneralPipeline
+from realgeneral import train as train_module
+from realgeneral.buckets import Shape
 from realgeneral.config import TrainConfig
-from realgeneral.memory import MemoryBudget, PeakBytes, StepShape, memory_budget, nbytes, step_bytes
+from realgeneral.errors import Failure
+from realgeneral.memory import MemoryBudget, PeakBytes, StepShape, largest, memory_budget, nbytes, sample_bytes, step_bytes
 from realgeneral.models import load_models
 from realgeneral.objective import Batch, Draws, TextCache, training_loss
 from realgeneral.train import train
@@ -25,7 +32,8 @@ GIVEN = 0.15  # what the budget promises
 
 
 def settings(base: str, **changes: Any) -> TrainConfig:
-    return TrainConfig(base=base, data="unused", tasks=["canny"], rank=4, steps=2, **changes)
+    fixed: dict[str, Any] = {"data": "unused", "tasks": ["canny"], "rank": 4, "steps": 2, "sample_count": 0}
+    return TrainConfig(base=base, **{**fixed, **changes})
 
 
 def measure(pipe: RealGeneralPipeline, config: TrainConfig, shape: StepShape) -> int:
@@ -48,8 +56,13 @@ def measure(pipe: RealGeneralPipeline, config: TrainConfig, shape: StepShape) ->
         optimizer.zero_grad(set_to_none=True)
 
     step()
+    return peak_of(step)
+
+
+def peak_of(work: Callable[[], Any]) -> int:
+    """Peak of the bytes that the profiler sees allocated."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step()
+        work()
     live = peak = 0
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -75,6 +88,28 @@ def test_step_of_nano(changes: dict[str, Any]) -> None:
     pipe, _ = load_models(config, torch.device("cpu"))
     predicted = step_bytes(pipe, config, shape, keep_gradients=config.gradient_accumulation_steps > 1)
     assert predicted == pytest.approx(measure(pipe, config, shape), rel=GIVEN)
+
+
+@pytest.mark.parametrize("preset", ["cached", "paper"])
+def test_sample_grid_of_nano(preset: str, photo: Image.Image) -> None:
+    """A picture's peak is as predicted; a VAE that is lent to the device counts too, and the budget has room for all of it."""
+    config = settings("nano", preset=preset, guidance_scale=3.0, height=128, width=128)
+    pipe, _ = load_models(config, torch.device("cpu"))
+    text = torch.zeros(1, pipe.transformer.config.max_text_seq_length, pipe.transformer.config.text_embed_dim)
+
+    def work() -> None:
+        pipe(
+            "a cat", [photo], task="canny", height=128, width=128, num_inference_steps=2, guidance_scale=3.0, output_type="pt",
+            prompt_embeds=text, negative_prompt_embeds=text, generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+
+    work()
+    predicted = sample_bytes(pipe, config, 1)
+    assert predicted == pytest.approx(peak_of(work), rel=GIVEN)
+    lent = predicted + nbytes(pipe.vae.parameters())
+    assert sample_bytes(pipe, config, 1, encode=False) == lent
+    sampled = memory_budget(pipe, dataclasses.replace(config, sample_count=1), StepShape(1, 1, 16, 16), encode=False)
+    assert sampled.step == lent
 
 
 def test_step_of_a_middle_sized_model() -> None:
@@ -109,6 +144,8 @@ def test_budget_counts_every_part(bases: dict[str, Path], monkeypatch: pytest.Mo
     assert memory_budget(pipe, config, shape, encode=False).encoders == 0
     sharded = memory_budget(pipe, settings(str(bases["5b"]), engine="fsdp2"), shape, processes=4)
     assert sharded.base == budget.base // 4
+    summed = memory_budget(pipe, settings(str(bases["5b"]), engine="fsdp2", gradient_accumulation_steps=2), shape, processes=4)
+    assert summed.step == sharded.step + trained - trained // 4
     zero2 = {"engine": "deepspeed", "deepspeed_config": "zero2.json"}
     monkeypatch.setattr("realgeneral.memory.bucket_bytes", lambda config: 2**20)
     shared = memory_budget(pipe, settings(str(bases["5b"]), **zero2), shape, processes=4)
@@ -156,3 +193,33 @@ def test_budget_is_told_before_the_run(
     assert line.endswith("(2 samples per micro-step, 1 condition each, 32 x 16 pixels)")
     (row,) = map(json.loads, Path(result["log"]).read_text().splitlines())
     assert row["memory_gib"] > 0.05  # Python and PyTorch alone
+
+
+def test_largest_shapes() -> None:
+    """The transformer's sequence grows with the conditions, the VAE sees one picture at a time."""
+    shapes = [Shape(16, 16, 1), Shape(16, 32, 1), Shape(32, 16, 4), Shape(64, 16, 1)]
+    assert largest(shapes) == {Shape(32, 16, 4), Shape(64, 16, 1)}
+    assert largest(shapes[:2]) == {Shape(16, 32, 1)}
+
+
+def test_budget_is_that_of_the_largest_bucket(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever batch comes first; and it is told before anything is moved to the device."""
+    for width, height in ((48, 32), (96, 32), (32, 96)):
+        make_photo(width, height).save(tmp_path / f"{width}.png")
+    rows = [{"target": f"{width}.png", "prompt": "a cat", "task": "canny", "condition": ["48.png"] * (1 + (width == 96))}
+            for width in (48, 96, 32, 32, 32)]  # fmt: skip
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def full(pipe: Any, *_: Any) -> None:
+        raise Failure("no room on the device")
+
+    monkeypatch.setattr(train_module, "place_models", full)
+    shared: dict[str, Any] = {"base": str(bases["5b"]), "data": str(tmp_path), "tasks": ["canny"], "rank": 2, "batch_size": 1}
+    for seed in (0, 1, 2):
+        made = TrainConfig(output=str(tmp_path / f"{seed}"), seed=seed, buckets=["32x48", "16x48", "48x16"], **shared)
+        with pytest.raises(Failure, match="no room on the device"):
+            train(made)
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.endswith("(1 samples per micro-step, 1 condition each, 48 x 32 pixels)")

@@ -145,6 +145,21 @@ def test_guidance(pipe: RealGeneralPipeline, photo: Image.Image) -> None:
     assert_same(same, off)
 
 
+def test_text_features_instead_of_the_encoder(pipe: RealGeneralPipeline, photo: Image.Image) -> None:
+    """With those of the prompts and of the empty ones a pipeline without text encoder makes the same images."""
+    inputs: dict[str, Any] = {
+        "prompt": PROMPTS,
+        "condition": [photo, photo],
+        "task": "customization",
+        "subject": ["pot", "cat"],
+    }
+    wanted = call(alive(pipe), **inputs, generator=seeded(1, 2))
+    text, negative = pipe.encode_prompt(PROMPTS, None, True, max_sequence_length=TEXT_WINDOW)
+    pipe.text_encoder = None
+    given = {"prompt_embeds": text, "negative_prompt_embeds": negative}
+    assert_same(call(pipe, **inputs, **given, generator=seeded(1, 2)), wanted)
+
+
 def test_latents_are_the_noise(base: Path, open_pipeline: OpenPipeline, photo: Image.Image) -> None:
     """Given latents replace the generator, and are left as they were."""
     pipe = open_pipeline(base)
@@ -390,6 +405,11 @@ def test_layer_wise_offload_is_refused(pipe: RealGeneralPipeline) -> None:
         ({"prompt": "a cat " * 30}, f"prompt must have at most {TEXT_WINDOW} tokens, got "),
         ({"negative_prompt": "a cat " * 30}, f"prompt must have at most {TEXT_WINDOW} tokens, got "),
         ({"negative_prompt": ["a", "cat"]}, r"negative_prompt must be one for all or one per prompt \(1\), got 2"),
+        ({"prompt_embeds": torch.zeros(2, 12, 24)}, r"^prompt_embeds must have one row per prompt \(1\), got 2"),
+        (
+            {"negative_prompt_embeds": torch.zeros(0, 12, 24)},
+            r"negative_prompt_embeds must have one row per prompt \(1\), got 0",
+        ),
         ({"condition": None}, "condition must be an image or a list of images, got None"),
         ({"condition": []}, r"condition must have one entry per prompt \(1\), got 0"),
         ({"condition": "photo.png"}, "condition must be an image or a list of images, got str"),

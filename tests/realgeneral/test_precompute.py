@@ -20,8 +20,8 @@ from conftest import make_photo
 from test_data import picture, write_folder
 from test_pictures import encoded
 from test_train import losses, weights
+from transformers import T5EncoderModel
 
-from realgeneral import bases as bases_module
 from realgeneral import precompute as precompute_module
 from realgeneral.config import PrecomputeConfig, TrainConfig
 from realgeneral.errors import Failure, UsageError
@@ -84,6 +84,10 @@ def training(bases: dict[str, Path], data: Path, tmp_path: Path) -> Callable[...
     return make
 
 
+def forbidden(*_: Any, **__: Any) -> None:
+    raise AssertionError("an encoder was used")
+
+
 # --- the same run --------------------------------------------------------------------------------------------------------
 
 
@@ -97,7 +101,7 @@ def test_losses_equal_those_on_the_fly(
 ) -> None:
     """Bit for bit: losses, weights, bad rows, with buckets, mixed numbers of conditions, dropout, subjects and random holes.
 
-    The encoders are not loaded.
+    The text encoder is not loaded, the VAE not used.
     """
     train(training("plain", variants=2, mixed_precision=mixed_precision))
     plain = capsys.readouterr().out
@@ -108,10 +112,8 @@ def test_losses_equal_those_on_the_fly(
     }
     capsys.readouterr()
 
-    def forbidden(*_: Any, **__: Any) -> None:
-        raise AssertionError("an encoder was loaded")
-
-    monkeypatch.setattr(bases_module, "load_pipeline", forbidden)
+    monkeypatch.setattr(T5EncoderModel, "from_pretrained", forbidden)
+    monkeypatch.setattr("realgeneral.objective.encode_images", forbidden)
     stored = training("stored", precomputed=settings().output, mixed_precision=mixed_precision)
     train(stored)
     assert losses(stored.output) == losses(training("plain").output)
@@ -142,21 +144,24 @@ def test_nano_data(training: Callable[..., TrainConfig], settings: Callable[...,
     monkeypatch.setattr(pairs, "caption", lambda concept, style: "a red pot")
     monkeypatch.setattr("realgeneral.data.subject_span_mask", lambda *_: None)
     monkeypatch.setattr("realgeneral.objective.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
+    monkeypatch.setattr("realgeneral.pipeline.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
     common: dict[str, Any] = {"data": "nano", "tasks": ["colouring", "customization"], "buckets": []}
     precompute(settings(**common))
     train(training("plain", steps=4, variants=2, **common))
-    train(training("stored", steps=4, precomputed=settings().output, **common))
+    train(training("stored", steps=4, precomputed=settings().output, sample_count=2, sample_steps=1, **common))
     assert losses(training("stored").output) == losses(training("plain").output)
+    assert (Path(training("stored").output) / "samples" / "step-000004.png").is_file()
 
 
-def test_samples_load_the_encoders_for_a_moment(
-    settings: Callable[..., PrecomputeConfig], training: Callable[..., TrainConfig]
+def test_samples_need_no_text_encoder(
+    settings: Callable[..., PrecomputeConfig], training: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Grids during and after a precomputed run are those of a run on the fly, and change nothing in it."""
-    common: dict[str, Any] = {"sample_count": 1, "sample_every": 1, "sample_steps": 1, "steps": 2, "tasks": ["canny"]}
+    common: dict[str, Any] = {"sample_count": 3, "sample_every": 1, "sample_steps": 1, "steps": 2, "tasks": ["canny"]}
     precompute(settings(tasks=["canny"]))
     plain, stored = training("plain", **common), training("stored", precomputed=settings().output, **common)
     train(plain)
+    monkeypatch.setattr(T5EncoderModel, "from_pretrained", forbidden)
     train(stored)
     assert losses(plain.output) == losses(stored.output)
     for name in ("step-000001.png", "step-000002.png"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,7 +201,7 @@ def test_bf16(config: Callable[..., TrainConfig]) -> None:
 
 
 def test_gradient_accumulation_is_the_larger_batch(config: Callable[..., TrainConfig]) -> None:
-    """The optimizer step sees the mean over micro-steps: sample numbers are those of one larger batch."""
+    """The optimizer step sees the mean over micro-steps: samples, loss and gradient are those of one larger batch."""
     small, large = config("small", gradient_accumulation_steps=2, batch_size=2), config("large", batch_size=4)
     names: dict[str, list[str]] = {"small": [], "large": []}
     for key, made in (("small", small), ("large", large)):
@@ -216,6 +218,10 @@ def test_gradient_accumulation_is_the_larger_batch(config: Callable[..., TrainCo
             train_module.collate = original
     assert names["small"] == names["large"]
     assert len(names["small"]) == 24
+    # AdamW would hide a wrong scale, so the gradient itself; after the first update rounding has grown
+    first, expected = rows(small.output)[0], rows(large.output)[0]
+    for name in ("loss", "gradient_norm"):
+        assert first[name] == pytest.approx(expected[name], rel=16 * torch.finfo(torch.float32).eps)
 
 
 def test_gradient_checkpointing_trains_the_same(config: Callable[..., TrainConfig]) -> None:
@@ -332,7 +338,7 @@ def test_output_that_holds_a_run(config: Callable[..., TrainConfig]) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"learning_rate": 0.5}, {"tasks": ["canny"]}, {"rank": 3}, {"seed": 1}, {"preset": "paper"}, {"width": 48}]
+    "change", [{"weight_decay": 0.5}, {"tasks": ["canny"]}, {"rank": 3}, {"seed": 1}, {"preset": "paper"}, {"width": 48}]
 )
 def test_changed_setting_on_resume(config: Callable[..., TrainConfig], change: dict[str, Any]) -> None:
     """A continuation that would differ names the setting, what it was and what it is."""
@@ -340,6 +346,40 @@ def test_changed_setting_on_resume(config: Callable[..., TrainConfig], change: d
     (name,) = change
     with pytest.raises(UsageError, match=f"^{name} must be .* as in the run to resume, got "):
         train(config(steps=2, resume=True, **change))
+
+
+def test_data_that_changed_on_resume(config: Callable[..., TrainConfig], data: Path, tmp_path: Path) -> None:
+    """Another number of rows would be another order: refused with both; the same rows elsewhere go on."""
+    shutil.copytree(data, tmp_path / "moved")
+    train(config(steps=2, lr_schedule="constant"))
+    again = config(steps=3, lr_schedule="constant", resume=True, data=str(tmp_path / "moved"))
+    assert train(again)["steps"] == 3
+    make_photo(48, 32, 9).save(tmp_path / "moved" / "more.png")
+    (tmp_path / "moved" / "more.txt").write_text("a cat")
+    with pytest.raises(UsageError, match=r"^data must have 6 rows as in the run to resume, got 7$"):
+        train(again)
+
+
+def test_adjusted_on_resume(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another rate or clip goes into force with the schedule, and is told once with both values."""
+    train(config("whole"))
+    train_until(config("broken"), 3, monkeypatch)
+    capsys.readouterr()
+    train_until(config("broken", resume=True, learning_rate=1e-3, max_grad_norm=1e-4), 4, monkeypatch)
+    told = [line for line in capsys.readouterr().out.splitlines() if "from here on" in line]
+    assert told == [
+        "learning_rate is 0.001 from here on, 0.01 before (step-000002)",
+        "max_grad_norm is 0.0001 from here on, 1.0 before (step-000002)",
+    ]
+    mine, theirs = (rows(config(name).output) for name in ("broken", "whole"))
+    rates = [[row["learning_rate"] for row in run] for run in (mine, theirs)]
+    assert rates[0][:2] == rates[1][:2]
+    assert rates[0][2:4] == pytest.approx([rate / 10 for rate in rates[1][2:4]])
+    # step 3 meets the same weights, step 4 what the new settings made of them
+    assert mine[2]["loss"] == theirs[2]["loss"]
+    assert mine[3]["loss"] != theirs[3]["loss"]
 
 
 def test_checkpoint_of_an_earlier_version(config: Callable[..., TrainConfig]) -> None:
@@ -382,11 +422,42 @@ def test_damaged_newest_checkpoint(config: Callable[..., TrainConfig]) -> None:
         train(config(steps=4, resume=True))
     lora = Path(made.output) / "checkpoints/step-000002" / LORA_FILE
     lora.write_bytes(lora.read_bytes()[:100])
-    import shutil
-
-    shutil.rmtree(state.parent)
-    with pytest.raises(Failure, match="complete safetensors file"):
+    state.write_bytes(bytes(5000))  # what a power loss can leave
+    with pytest.raises(Failure, match=r"training_state.pt must be a complete file.*remove step-000004"):
         train(config(steps=4, resume=True))
+    shutil.rmtree(state.parent)
+    with pytest.raises(Failure, match=r"complete safetensors file.*; remove step-000002 to resume before it"):
+        train(config(steps=4, resume=True))
+
+
+def test_checkpoint_is_on_the_disk_before_older_ones_go(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files, then its name, are flushed before the last good checkpoint is removed."""
+    events: list[str] = []
+    fsync, replace, rmtree = os.fsync, os.replace, shutil.rmtree
+
+    def flush(handle: int) -> None:
+        events.append(f"flush {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        fsync(handle)
+
+    def rename(source: Any, target: Any) -> None:
+        events.append(f"rename {Path(target).name}")
+        replace(source, target)
+
+    def remove(folder: Any, **options: Any) -> None:
+        if Path(folder).exists():
+            events.append(f"remove {Path(folder).name}")
+        rmtree(folder, **options)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", rename)
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    train(config(steps=2, save_every=1, keep_checkpoints=1))
+    pruned, renamed = events.index("remove step-000001"), events.index("rename step-000002")
+    for name in (LORA_FILE, CONDITION_FILE, checkpoint.STATE_FILE, "step-000002.partial"):
+        assert f"flush {name}" in events[events.index("rename step-000001") : renamed]
+    assert "flush checkpoints" in events[renamed:pruned]
 
 
 def test_new_process_makes_the_same_picture(
@@ -423,12 +494,14 @@ def test_new_process_makes_the_same_picture(
     assert half.tobytes() != picture.tobytes()
 
 
-def test_init_adapter(config: Callable[..., TrainConfig], bases: dict[str, Path]) -> None:
-    """Training goes on from a given adapter, with its tasks, rank and alpha; other tasks or another preset are refused."""
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_init_adapter(config: Callable[..., TrainConfig], mixed_precision: str) -> None:
+    """Training goes on from a given adapter, unrounded, with its tasks, rank and alpha; other settings are refused."""
+    config = functools.partial(config, mixed_precision=mixed_precision)
     first = train(config("first", steps=2, lr_schedule="constant"))
     made = config(
-        "second", steps=1, init_adapter=first["adapter"], tasks=[], learning_rate=1e-9, warmup_steps=0, weight_decay=0.0
-    )
+        "second", steps=1, init_adapter=first["adapter"], tasks=[], learning_rate=1e-9, warmup_steps=0, weight_decay=0.0,
+    )  # fmt: skip
     second = train(made)
     one, two = weights(first["adapter"]), weights(second["adapter"])
     for name in one:
@@ -438,6 +511,10 @@ def test_init_adapter(config: Callable[..., TrainConfig], bases: dict[str, Path]
         train(config("third", init_adapter=first["adapter"], tasks=["canny"]))
     with pytest.raises(UsageError, match="adapter must be of preset 'paper', got one trained in preset 'cached'"):
         train(config("fourth", init_adapter=first["adapter"], preset="paper"))
+    with pytest.raises(
+        UsageError, match=r"lora_targets must be those of the adapter to start from, \[.*'to_v'\], got \['to_q'\]"
+    ):
+        train(config("fifth", init_adapter=first["adapter"], lora_targets=["to_q"]))
 
 
 # --- ways to end ---------------------------------------------------------------------------------------------------------
@@ -559,13 +636,14 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seco
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_process_resumes_to_the_same_losses(config: Callable[..., TrainConfig], number: signal.Signals) -> None:
-    """A real process killed in the middle, then --resume: the losses of an uninterrupted run; SIGTERM saves first."""
+    """A real process killed in the middle, then --resume: the losses of an uninterrupted run; SIGTERM saves first.
+
+    Its data-loading processes get what torchrun and Ctrl-C send to the whole group, and end with it even if it is killed.
+    """
     steps = 400
     whole, broken = config("whole", steps=steps), config("broken", steps=steps)
-    # Ctrl-C reaches the whole process group, data-loading processes included
-    more = ["--num-workers", "2"] if number == signal.SIGINT else []
     process = subprocess.Popen(
-        command(broken, "--save-every", "7", *more),
+        command(broken, "--save-every", "7", "--num-workers", "2"),
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -574,8 +652,8 @@ def test_killed_process_resumes_to_the_same_losses(config: Callable[..., TrainCo
     )
     log = Path(broken.output) / "metrics.jsonl"
     wait_for(lambda: log.is_file() and log.read_text().count("\n") > 10, process)
-    os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=120)
+    (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)
+    _, err = process.communicate(timeout=120)  # until no process holds the pipe any more
     reached = checkpoint.checkpoints(Path(broken.output))
     assert reached
     if number != signal.SIGKILL:

@@ -8,6 +8,7 @@ Only the norm of a sharded gradient is summed in another order, so these tests k
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -173,6 +174,11 @@ def full_disk(rank: int, made: TrainConfig) -> None:
     train(made)
 
 
+def unshared(rank: int, made: TrainConfig) -> None:
+    """The second process has a folder of its own at --output."""
+    train(dataclasses.replace(made, output=f"{made.output}-of-{rank}") if rank else made)
+
+
 # --- the same training ---------------------------------------------------------------------------------------------------
 
 
@@ -234,12 +240,15 @@ def test_larger_micro_batches_and_checkpointing(config: Callable[..., TrainConfi
         assert abs(mine - theirs) / theirs <= 10 * spread + 16 * torch.finfo(torch.float32).eps
 
 
-@NEEDS_DEEPSPEED
-def test_deepspeed_in_bfloat16(config: Callable[..., TrainConfig]) -> None:
-    """DeepSpeed switches off the autocast around its engine: the model's own has the bits of one process."""
-    two = config("two", engine="deepspeed", mixed_precision="bf16", steps=3)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_in_bfloat16(config: Callable[..., TrainConfig], engine: str) -> None:
+    """A frozen base in bfloat16 beside trained weights in float32, autocast: the bits of one process.
+
+    DeepSpeed switches off the autocast around its engine, and the model's own takes its place.
+    """
+    two = config("two", engine=engine, mixed_precision="bf16", steps=2)
     assert_done(in_two(two))
-    train(config("one", mixed_precision="bf16", steps=3, gradient_accumulation_steps=2))
+    train(config("one", mixed_precision="bf16", steps=2, gradient_accumulation_steps=2))
     assert losses(two.output) == losses(config("one").output)
     assert_same_weights(Path(two.output) / "adapter", Path(config("one").output) / "adapter")
 
@@ -329,6 +338,16 @@ def test_bad_row_in_one_process_stops_both(config: Callable[..., TrainConfig], e
     texts = assert_failed_together(outcomes, "Failure")
     assert all(text.startswith("metadata.jsonl line 4") for text in texts)
     assert sum("(in process" in text for text in texts) == 1
+
+
+def test_an_output_that_not_all_see(config: Callable[..., TrainConfig]) -> None:
+    """A process that finds no checkpoint where another one does stops both, before anything is trained."""
+    train(config(steps=4, gradient_accumulation_steps=2, lr_schedule="constant"))
+    made = config(steps=6, resume=True, lr_schedule="constant")
+    for text in assert_failed_together(in_two(made, unshared), "UsageError"):
+        assert text.startswith("output must be a folder that all processes see, got ")
+        assert text.endswith("with step 4 in process 0 and step 0 in process 1")
+    assert len(losses(made.output)) == 4
 
 
 def test_full_disk_stops_both(config: Callable[..., TrainConfig]) -> None:
