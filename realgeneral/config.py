@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -35,7 +36,19 @@ BUCKETS_HELP = (
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class Settings:
+    """What every command checks of its settings: numbers are finite."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise UsageError(f"{item.name} must be finite, got {number}")
+
+
+@dataclass(frozen=True)
+class DataSettings(Settings):
     """What `check-data`, `precompute` and `train` are asked of their data in the same words."""
 
     base: str = _opt('CogVideoX checkpoint (folder or hub id), or "nano"', "nano")
@@ -49,6 +62,7 @@ class DataSettings:
     debug: bool = _opt("show the traceback of an error", False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_workers < 0:
             raise UsageError(f"num_workers must not be negative, got {self.num_workers}")
 
@@ -160,7 +174,7 @@ def check_resumable(old: dict[str, Any], new: TrainConfig) -> None:
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(Settings):
     """One or more images from a prompt and condition image(s)."""
 
     prompt: str = _opt("what to make")
@@ -186,6 +200,7 @@ class GenerateConfig:
     debug: bool = _opt("show the traceback of an error", False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("prompt", "task"):
             if not getattr(self, name):
                 raise UsageError(f"--{name} must be given, got none")
@@ -193,7 +208,7 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(Settings):
     """What `make demo` runs: generation with the shipped adapter, then a short training, on the CPU."""
 
     output: str = _opt("folder for pictures and metrics.json", "outputs/demo")
@@ -207,13 +222,14 @@ class DemoConfig:
     debug: bool = _opt("show the traceback of an error", False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_at_least_one(self, "concepts", "steps")
         if self.train_steps < 0:
             raise UsageError(f"train_steps must not be negative, got {self.train_steps}")
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """Scores of an adapter: the emoji table of nano, or one of the paper's protocols on a folder (docs/evaluation.md)."""
 
     protocol: Literal["nano", "customization", "canny", "depth"] = _opt("what to evaluate", "nano")
@@ -244,6 +260,7 @@ class EvaluateConfig:
     debug: bool = _opt("show the traceback of an error", False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_at_least_one(self, "concepts", "steps", "batch_size", "images_per_prompt")
         if self.limit < 0:
             raise UsageError(f"limit must not be negative, got {self.limit}")
