@@ -7,7 +7,7 @@ starts from the base on one task, with its loss curve and pictures before and af
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,9 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     pipe = open_pipeline("nano", config)
     metrics: dict[str, Any] = {"generation": show_tasks(pipe, config, output)}
     if config.train_steps:
-        metrics["training"] = show_training(config, output)
+        # a new folder of its own: whatever else is in the output is the user's
+        with tempfile.TemporaryDirectory(prefix="training-", dir=output) as run:
+            metrics["training"] = show_training(config, output, run)
     metrics["seconds"] = round(time.perf_counter() - began, 1)
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     print(report(metrics, output))
@@ -73,17 +75,15 @@ def show_tasks(pipe: RealGeneralPipeline, config: DemoConfig, output: Path) -> d
     return scores
 
 
-def show_training(config: DemoConfig, output: Path) -> dict[str, Any]:
-    """Train an adapter from the base on one task; loss curve, and the same pictures before and after."""
-    run = output / "training"
-    shutil.rmtree(run, ignore_errors=True)
+def show_training(config: DemoConfig, output: Path, run: str) -> dict[str, Any]:
+    """Train an adapter from the base on one task in the folder `run`; loss curve, and the same pictures before and after."""
     pipe = RealGeneralPipeline.from_pretrained("nano", adapter="nano")
     assert pipe.adapter is not None
     spec = pipe.adapter.task_spec(config.train_task)
     print(f"training: {config.train_steps} steps of LoRA + condition branch from the base on {config.train_task}", flush=True)
     began = time.perf_counter()
     settings = TrainConfig(
-        tasks=[spec], output=str(run), steps=config.train_steps, batch_size=8, rank=32, learning_rate=2e-3, warmup_steps=10,
+        tasks=[spec], output=run, steps=config.train_steps, batch_size=8, rank=32, learning_rate=2e-3, warmup_steps=10,
         save_every=config.train_steps, sample_count=0, fused_kernels=config.fused_kernels, seed=config.seed,
     )  # fmt: skip
     result = train(settings)
