@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from realgeneral.adapter import LORA_TARGETS
@@ -20,6 +20,14 @@ def _check_at_least_one(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise UsageError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+def _refuse_unused(config: Any, where: str, *names: str) -> None:
+    """UsageError if a setting that does nothing `where` it is given is not its default."""
+    for item in fields(config):
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        if item.name in names and getattr(config, item.name) != default:
+            raise UsageError(f"{item.name} has no effect {where}, got {getattr(config, item.name)!r}")
 
 
 DATA_HELP = (
@@ -141,6 +149,12 @@ class TrainConfig(DataSettings):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must not be negative, got {getattr(self, name)}")
         _check_at_least_one(self, "sample_steps")
+        if self.engine != "deepspeed":
+            _refuse_unused(self, "without --engine deepspeed", "deepspeed_config")
+        if self.init_adapter:
+            _refuse_unused(self, "with --init-adapter, whose layers are trained", "lora_targets")
+        if not self.sample_count:
+            _refuse_unused(self, "with --sample-count 0", "sample_every", "sample_steps", "guidance_scale")
         if self.ablation != "none" and self.init_adapter:
             raise UsageError(f"ablation must be 'none' with init_adapter, which brings the part trained, got {self.ablation!r}")
         if not self.max_grad_norm > 0:
@@ -205,6 +219,10 @@ class GenerateConfig(Settings):
             if not getattr(self, name):
                 raise UsageError(f"--{name} must be given, got none")
         _check_at_least_one(self, "steps", "num_images")
+        if self.condition and ":" in self.task:
+            raise UsageError(f"task options have no effect with --condition, which is taken as it is, got {self.task!r}")
+        if self.guidance_scale <= 1:
+            _refuse_unused(self, "without guidance (guidance_scale of 1 or less)", "negative_prompt")
 
 
 @dataclass(frozen=True)
@@ -226,6 +244,8 @@ class DemoConfig(Settings):
         _check_at_least_one(self, "concepts", "steps")
         if self.train_steps < 0:
             raise UsageError(f"train_steps must not be negative, got {self.train_steps}")
+        if not self.train_steps:
+            _refuse_unused(self, "with --train-steps 0", "train_task")
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,11 @@ def _check(config: GenerateConfig, device: torch.device) -> None:
         raise UsageError(f"one of --condition and --picture must be given, got {'both' if config.picture else 'neither'}")
     if config.mask and (name != "inpainting" or not config.picture):
         raise UsageError(f"--mask must come with --picture and --task inpainting, got --task {config.task}")
+    if config.condition_seed >= 0 and not _draws(config):
+        raise UsageError(
+            f"condition_seed has no effect without --picture and a task that draws (inpainting without --mask), "
+            f"got {config.condition_seed}"
+        )
     if config.offload and device.type == "cpu":
         raise UsageError("--offload needs a GPU, found none")
     output = Path(config.output)
@@ -80,6 +85,11 @@ def _check(config: GenerateConfig, device: torch.device) -> None:
             load_picture(picture)
     if config.adapter:
         read_adapter_info(resolve_adapter(config.adapter)).task_spec(name)
+
+
+def _draws(config: GenerateConfig) -> bool:
+    """Whether the condition has a random part."""
+    return bool(config.picture) and not config.mask and get_task(config.task).seeded
 
 
 def derive_condition(config: GenerateConfig, pipe: RealGeneralPipeline, width: int, height: int) -> Image.Image:
@@ -101,7 +111,7 @@ def _write(images: list[Image.Image], config: GenerateConfig) -> list[Path]:
     for i, (image, file) in enumerate(zip(images, paths, strict=True)):
         # the settings that make this very image again, alone
         info = PngInfo()
-        condition_seed = config.seed if config.condition_seed < 0 else config.condition_seed
+        condition_seed = config.seed if _draws(config) and config.condition_seed < 0 else config.condition_seed
         again = {"seed": config.seed + i, "condition_seed": condition_seed, "num_images": 1, "output": str(file)}
         settings = {**asdict(config), **again}
         info.add_text("realgeneral", json.dumps({**settings, "version": __version__}))
