@@ -16,12 +16,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from realgeneral.adapter import read_adapter_info
+from realgeneral.arguments import check_steps
 from realgeneral.config import DemoConfig, TrainConfig
 from realgeneral.evaluate import NanoPairs, generate_all, interval, measures, nano_pairs
-from realgeneral.kernels import use_kernels
+from realgeneral.kernels import check_kernels, use_kernels
 from realgeneral.metrics import psnr, ssim
 from realgeneral.pictures import picture_grid, save_picture
-from realgeneral.pipeline import RealGeneralPipeline
+from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.preflight import open_base
 from realgeneral.samples import to_picture
 from realgeneral.tasks import get_task
 from realgeneral.train import train
@@ -31,6 +34,9 @@ from realgeneral.vae import fold_single_frame
 def demo(config: DemoConfig) -> dict[str, Any]:
     """Run the demo; writes grid.png, loss.png, before_after.png and metrics.json to `config.output`."""
     began = time.perf_counter()
+    check_kernels(config.fused_kernels, _device())
+    check_steps("steps", config.steps, open_base("nano").scheduler)
+    spec = read_adapter_info(resolve_adapter("nano")).task_spec(config.train_task)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     pipe = open_pipeline("nano", config)
@@ -38,7 +44,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     if config.train_steps:
         # a new folder of its own: whatever else is in the output is the user's
         with tempfile.TemporaryDirectory(prefix="training-", dir=output) as run:
-            metrics["training"] = show_training(config, output, run)
+            metrics["training"] = show_training(config, spec, output, run)
     metrics["seconds"] = round(time.perf_counter() - began, 1)
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     print(report(metrics, output))
@@ -47,12 +53,11 @@ def demo(config: DemoConfig) -> dict[str, Any]:
 
 def open_pipeline(adapter: str | None, config: DemoConfig) -> RealGeneralPipeline:
     """The nano pipeline on the best device, quiet."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe = RealGeneralPipeline.from_pretrained("nano", adapter=adapter)
     pipe.set_progress_bar_config(disable=True)
     fold_single_frame(pipe.vae)
-    use_kernels(pipe.transformer, config.fused_kernels, device)
-    return pipe.to(device)
+    use_kernels(pipe.transformer, config.fused_kernels, _device())
+    return pipe.to(_device())
 
 
 def show_tasks(pipe: RealGeneralPipeline, config: DemoConfig, output: Path) -> dict[str, Any]:
@@ -75,11 +80,8 @@ def show_tasks(pipe: RealGeneralPipeline, config: DemoConfig, output: Path) -> d
     return scores
 
 
-def show_training(config: DemoConfig, output: Path, run: str) -> dict[str, Any]:
+def show_training(config: DemoConfig, spec: str, output: Path, run: str) -> dict[str, Any]:
     """Train an adapter from the base on one task in the folder `run`; loss curve, and the same pictures before and after."""
-    pipe = RealGeneralPipeline.from_pretrained("nano", adapter="nano")
-    assert pipe.adapter is not None
-    spec = pipe.adapter.task_spec(config.train_task)
     print(f"training: {config.train_steps} steps of LoRA + condition branch from the base on {config.train_task}", flush=True)
     began = time.perf_counter()
     settings = TrainConfig(
@@ -146,6 +148,10 @@ def report(metrics: dict[str, Any], output: Path) -> str:
         files += ["loss.png", "before_after.png"]
     lines.append(f"{metrics['seconds']} s; pictures: " + ", ".join(str(output / f) for f in files))
     return "\n".join(lines)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class _Sampling:

@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from realgeneral.adapter import read_adapter_info
+from realgeneral.adapter import check_fits, read_adapter_info
+from realgeneral.arguments import check_steps
 from realgeneral.config import GenerateConfig
-from realgeneral.errors import Failure, UsageError
-from realgeneral.kernels import use_kernels
+from realgeneral.errors import UsageError
+from realgeneral.kernels import check_kernels, use_kernels
 from realgeneral.pictures import fit_picture, load_picture, save_picture
 from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.preflight import check_output, open_base
 from realgeneral.tasks import get_task, mask_out
 from realgeneral.vae import fold_single_frame
 from rgkernels import __version__
@@ -29,8 +31,7 @@ def generate(config: GenerateConfig) -> list[Path]:
         Failure: A file cannot be read.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _check(config, device)
-    pictures = [load_picture(path) for path in config.condition]
+    conditions, (height, width) = prepare(config, device)
     dtype = getattr(torch, config.dtype)
     pipe = RealGeneralPipeline.from_pretrained(config.base, adapter=config.adapter or None, dtype=dtype)
     fold_single_frame(pipe.vae)
@@ -39,8 +40,6 @@ def generate(config: GenerateConfig) -> list[Path]:
         pipe.enable_model_cpu_offload()
     else:
         pipe.to(device)
-    height, width = pipe._size(config.height or None, config.width or None)
-    conditions = pictures or [derive_condition(config, pipe, width, height)]
     images = pipe(
         config.prompt,
         conditions,
@@ -57,8 +56,31 @@ def generate(config: GenerateConfig) -> list[Path]:
     return _write(images, config)
 
 
-def _check(config: GenerateConfig, device: torch.device) -> None:
-    """What can be told before a large model is loaded."""
+def prepare(config: GenerateConfig, device: torch.device) -> tuple[list[Image.Image], tuple[int, int]]:
+    """Condition pictures and (height, width), after all checks that need no weights: loading a large model takes minutes."""
+    _check_options(config, device)
+    pictures = [load_picture(path) for path in config.condition]
+    for picture in (config.picture, config.mask):
+        if picture:
+            load_picture(picture)
+    check_kernels(config.fused_kernels, device)
+    name, base = get_task(config.task).name, open_base(config.base)
+    if config.adapter:
+        base.adapter = read_adapter_info(resolve_adapter(config.adapter))
+        check_fits(base.transformer, base.adapter)
+        base.adapter.task_spec(name)
+    else:
+        base._task_ids(name, 1)
+    height, width = base._size(config.height or None, config.width or None)
+    check_steps("steps", config.steps, base.scheduler)
+    window = base.transformer.config.max_text_seq_length
+    base._check_prompts([config.prompt, config.negative_prompt], window)
+    base._subject_mask([config.prompt], config.subject or None, window)
+    return pictures or [derive_condition(config, base, width, height)], (height, width)
+
+
+def _check_options(config: GenerateConfig, device: torch.device) -> None:
+    """Whether options and files fit each other."""
     try:
         name = get_task(config.task).name
     except ValueError as error:
@@ -77,14 +99,7 @@ def _check(config: GenerateConfig, device: torch.device) -> None:
     output = Path(config.output)
     if output.suffix.lower() != ".png" or output.is_dir():
         raise UsageError(f"output must be a .png file, got {output}")
-    above = next(folder for folder in output.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise Failure(f"output must be in a folder, got {output} where {above} is a file")
-    for picture in (config.picture, config.mask):
-        if picture:
-            load_picture(picture)
-    if config.adapter:
-        read_adapter_info(resolve_adapter(config.adapter)).task_spec(name)
+    check_output(config.output, file=True)
 
 
 def _draws(config: GenerateConfig) -> bool:

@@ -36,6 +36,7 @@ from realgeneral.objective import Batch, Draws, Texts, collate, training_loss
 from realgeneral.optimizers import learning_rate_factor, make_optimizer
 from realgeneral.pictures import save_picture
 from realgeneral.pipeline import RealGeneralPipeline
+from realgeneral.preflight import check_training
 from realgeneral.records import Source
 from realgeneral.samples import sample_grid
 from realgeneral.sources import open_source
@@ -98,6 +99,7 @@ def open_run(config: TrainConfig, engine: Engine) -> Run:
         check_tracker(config)
         resumed = checkpoint.start_or_resume(config, output, engine.world)
         source = open_source(config.data, config.columns)
+        check_training(config, engine.device)
         pipe, info = load_models(config, engine.device)
         if resumed:
             checkpoint.load_weights(resumed, pipe.transformer)

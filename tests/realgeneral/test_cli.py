@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_photo
+from diffusers import CogVideoXPipeline
 from models import TASKS, trained_model
 from test_pictures import bomb
 
@@ -55,6 +56,16 @@ def work(tmp_path: Path, bases: dict[str, Path], adapters: dict[str, Path]) -> d
     }  # fmt: skip
 
 
+@pytest.fixture
+def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a base, which takes minutes for a large one, fails the test."""
+
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr(CogVideoXPipeline, "from_pretrained", loaded)
+
+
 def generate_args(work: dict[str, str], **changes: str | None) -> list[str]:
     options: dict[str, str | None] = {
         "base": work["base"], "adapter": work["adapter"], "prompt": "a red pot", "task": "canny", "picture": work["photo.png"],
@@ -72,16 +83,13 @@ def train_args(work: dict[str, str], **changes: str | None) -> list[str]:
 
 
 def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int) -> str:
-    """Run in-process; the last line of stderr, which is the whole message."""
+    """Run in-process; the one line of stderr."""
     assert main(arguments) == status
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
-    lines = [line for line in captured.err.replace("\r", "\n").splitlines() if line.strip()]
-    # progress bars of loading aside, there is one line
-    told = [line for line in lines if line.startswith("realgeneral ")]
-    assert len(told) == 1
-    assert lines[-1] == told[0]
-    return told[0]
+    (line,) = captured.err.splitlines()
+    assert line.startswith("realgeneral ")
+    return line
 
 
 # --- the command itself --------------------------------------------------------------------------------------------------
@@ -201,29 +209,52 @@ def test_both_spellings_of_options(work: dict[str, str]) -> None:
         ({"adapter": "{root}/empty"}, 1, "must hold realgeneral.safetensors, found none"),
         ({"adapter": "{root}/truncated"}, 1, "must be a complete safetensors file"),
         ({"adapter": "{root}/nothing"}, 1, "must hold realgeneral.safetensors, found none"),
-        ({"base": "{root}/nothing"}, 1, "nothing"),
-        ({"base": "{root}/empty"}, 1, "empty"),
+        ({"base": "{root}/nothing"}, 1, "base must be a checkpoint folder or a hub id that can be had, got {root}/nothing: "),
+        ({"base": "{root}/empty"}, 1, "base must be a CogVideoX checkpoint, got {root}/empty without model_index.json"),
         ({"prompt": "a cat " * 30}, 2, "prompt must have at most 12 tokens, got "),
         ({"negative_prompt": "a cat " * 30}, 2, "prompt must have at most 12 tokens, got "),
         ({"subject": "fox"}, 2, "subject must occur in the prompt 'a red pot', got 'fox'"),
         ({"base": "{newer}", "height": "336", "adapter": ""}, 2, "height must be at most 320, got 336"),
         ({"output": "{root}/out.jpg"}, 2, "output must be a .png file, got"),
         ({"output": "{root}/empty"}, 2, "output must be a .png file, got"),
-        ({"output": "{root}/photo.png/x.png"}, 1, "output must be in a folder, got"),
+        (
+            {"output": "{root}/photo.png/x.png"},
+            1,
+            "output must be in a folder that can be written, got {root}/photo.png/x.png where {root}/photo.png is a file",
+        ),
         ({"steps": "0"}, 2, "steps must be at least 1, got 0"),
-        ({"steps": "2000"}, 2, "num_inference_steps must be between 1 and 1000, got 2000"),
+        ({"steps": "2000"}, 2, "steps must be between 1 and 1000, got 2000"),
         ({"num-images": "0"}, 2, "num_images must be at least 1, got 0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
+@pytest.mark.usefixtures("_no_weights")
 def test_bad_input_of_generate(
     work: dict[str, str], capsys: pytest.CaptureFixture[str], changes: dict[str, Any], status: int, message: str
 ) -> None:
-    """Every bad input is one line with the thing's name, the right status, and no file is made."""
+    """Every bad input is one line with the thing's name and the right status, before the base is loaded; no file is made."""
     filled = {key: value if value is None else value.format(**work) for key, value in changes.items()}
     before = sorted(p for p in Path(work["root"]).rglob("*"))
-    assert message in fails(capsys, generate_args(work, **filled), status)
+    assert message.format(**work) in fails(capsys, generate_args(work, **filled), status)
     assert sorted(p for p in Path(work["root"]).rglob("*")) == before
+
+
+@pytest.mark.usefixtures("_no_weights")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--train-task", "nope"], "task must be one that the adapter was trained for, "),
+        (["demo", "--steps", "2000"], "steps must be between 1 and 1000, got 2000"),
+        (["evaluate", "--tasks", "canny", "nope"], "task must be one that the adapter was trained for, "),
+        (["evaluate", "--steps", "2000"], "steps must be between 1 and 1000, got 2000"),
+    ],
+)
+def test_bad_input_of_demo_and_evaluate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    """Told before a model is loaded; no folder is made."""
+    assert message in fails(capsys, [*arguments, "--output", str(tmp_path / "out")], 2)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="offload works here")
@@ -246,17 +277,29 @@ def test_offload_without_a_gpu(work: dict[str, str], capsys: pytest.CaptureFixtu
         ({"precomputed": "{root}/empty"}, 1, "precomputed must be a folder that realgeneral precompute wrote, got"),
         ({"buckets": "16x20"}, 2, "sides of buckets must be positive multiples of 16, got 16x20"),
         ({"columns": "target=x"}, 2, "columns must not be given for a folder of pictures with captions"),
-        ({"base": "{root}/nothing"}, 1, "nothing"),
+        ({"base": "{root}/nothing"}, 1, "base must be a checkpoint folder or a hub id that can be had, got {root}/nothing: "),
+        ({"base": "{root}/empty"}, 1, "base must be a CogVideoX checkpoint, got {root}/empty without model_index.json"),
+        ({"init-adapter": "{root}/empty"}, 1, "must hold realgeneral.safetensors, found none"),
+        ({"precomputed": "{root}/nothing"}, 1, "precomputed must be a folder that realgeneral precompute wrote, got"),
+        ({"lora-targets": "nonsense"}, 2, "LoRA target must name linear layers of the base"),
+        ({"sample-count": "1", "sample-steps": "5000"}, 2, "sample_steps must be between 1 and 1000, got 5000"),
+        pytest.param(
+            {"optimizer": "adamw8bit"},
+            2,
+            "--optimizer adamw8bit needs a CUDA device, found none",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device"),
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
+@pytest.mark.usefixtures("_no_weights")
 def test_bad_input_of_train(
     work: dict[str, str], capsys: pytest.CaptureFixture[str], changes: dict[str, Any], status: int, message: str
 ) -> None:
-    """The same for training: no checkpoint, adapter or log is left."""
+    """The same for training: told before the base is loaded, and no folder is made."""
     filled = {key: value if value is None else value.format(**work) for key, value in changes.items()}
-    assert message in fails(capsys, train_args(work, **filled), status)
-    assert not [p for p in Path(work["run"]).rglob("*") if p.is_file()]
+    assert message.format(**work) in fails(capsys, train_args(work, **filled), status)
+    assert not Path(work["run"]).exists()
 
 
 def test_debug_shows_the_traceback(work: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,7 +99,7 @@ def test_evaluate_writes_the_table(assets: Path, tmp_path: Path, capsys: pytest.
 def test_evaluate_needs_a_64_px_base(bases: dict[str, Path], assets: Path, tmp_path: Path) -> None:
     """A larger base is a usage error."""
     with pytest.raises(UsageError, match="base must be a 64 px model such as nano"):
-        evaluate(EvaluateConfig(adapter="", base=str(bases["1.5"]), output=str(tmp_path)))
+        evaluate(EvaluateConfig(adapter=str(assets / "adapter"), base=str(bases["1.5"]), output=str(tmp_path)))
 
 
 @pytest.mark.usefixtures("_captions_fit")
