@@ -16,6 +16,10 @@ def _opt(help: str, default: Any = None, *, many: tuple[str, ...] | None = None,
     return field(default=default, metadata={"help": help, **argparse})
 
 
+# NumPy's largest; a seed's products with sample and epoch numbers then fit in PyTorch's 64 bits
+MAX_SEED = 2**32 - 1
+
+
 def _check_at_least_one(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
@@ -45,7 +49,7 @@ BUCKETS_HELP = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What every command checks of its settings: numbers are finite."""
+    """What every command checks of its settings: numbers are finite, seeds in range."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -53,6 +57,10 @@ class Settings:
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, float) and not math.isfinite(number):
                     raise UsageError(f"{item.name} must be finite, got {number}")
+        for name, least in (("seed", 0), ("condition_seed", -1)):
+            seed = getattr(self, name, least)
+            if not least <= seed <= MAX_SEED:
+                raise UsageError(f"{name} must be between {least} and {MAX_SEED}, got {seed}")
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,7 @@ class TrainConfig(DataSettings):
         for name in ("text_dropout", "condition_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
-        for name in "variants sample_count sample_every warmup_steps weight_decay alpha seed".split():
+        for name in "variants sample_count sample_every warmup_steps weight_decay alpha".split():
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must not be negative, got {getattr(self, name)}")
         _check_at_least_one(self, "sample_steps")
@@ -281,6 +289,8 @@ class EvaluateConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.adapter:
+            raise UsageError(f'adapter must be a folder or "nano", got {self.adapter!r}')
         _check_at_least_one(self, "concepts", "steps", "batch_size", "images_per_prompt")
         if self.limit < 0:
             raise UsageError(f"limit must not be negative, got {self.limit}")

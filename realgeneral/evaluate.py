@@ -156,11 +156,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def _check(config: EvaluateConfig) -> AdapterInfo:
     """What can be told before weights are loaded; returns the adapter's description."""
     base, info = open_base(config.base), read_adapter_info(resolve_adapter(config.adapter))
-    check_fits(base.transformer, info)
-    check_steps("steps", config.steps, base.scheduler)
     height, width = base._size(None, None)
     if config.protocol == "nano" and (height, width) != (64, 64):
         raise UsageError(f"base must be a 64 px model such as nano for the emoji table, got one of {height} x {width} px")
+    check_fits(base.transformer, info)
+    check_steps("steps", config.steps, base.scheduler)
     return info
 
 
