@@ -24,7 +24,8 @@ from realgeneral.kernels import check_kernels, use_kernels
 from realgeneral.metrics import psnr, ssim
 from realgeneral.pictures import picture_grid, save_picture
 from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
-from realgeneral.preflight import open_base
+from realgeneral.preflight import check_output, open_base
+from realgeneral.protocols.report import write_json
 from realgeneral.samples import to_picture
 from realgeneral.tasks import get_task
 from realgeneral.train import train
@@ -34,11 +35,11 @@ from realgeneral.vae import fold_single_frame
 def demo(config: DemoConfig) -> dict[str, Any]:
     """Run the demo; writes grid.png, loss.png, before_after.png and metrics.json to `config.output`."""
     began = time.perf_counter()
+    check_output(config.output)
     check_kernels(config.fused_kernels, _device())
     check_steps("steps", config.steps, open_base("nano").scheduler)
     spec = read_adapter_info(resolve_adapter("nano")).task_spec(config.train_task)
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
     pipe = open_pipeline("nano", config)
     metrics: dict[str, Any] = {"generation": show_tasks(pipe, config, output)}
     if config.train_steps:
@@ -46,7 +47,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="training-", dir=output) as run:
             metrics["training"] = show_training(config, spec, output, run)
     metrics["seconds"] = round(time.perf_counter() - began, 1)
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    write_json(output / "metrics.json", metrics)
     print(report(metrics, output))
     return metrics
 

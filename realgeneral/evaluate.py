@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,7 +23,8 @@ from realgeneral.nano.emoji import Concept
 from realgeneral.nano.pairs import TARGET_STYLES, NanoSource
 from realgeneral.pictures import picture_grid, save_picture
 from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
-from realgeneral.preflight import open_base
+from realgeneral.preflight import check_output, open_base
+from realgeneral.protocols.report import write_json, write_text
 from realgeneral.samples import to_picture
 from realgeneral.tasks import get_task
 from realgeneral.vae import fold_single_frame
@@ -127,7 +127,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         return run_protocol(config)
     specs = [info.task_spec(name.partition(":")[0]) for name in config.tasks or info.task_names]
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
     pipe = _pipeline(config, config.adapter)
     assert pipe.adapter is not None
     base = _pipeline(config, "")
@@ -146,15 +145,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         scores = {m: {k: interval(fn(images[m])) for k, fn in measures(task, pairs).items()} for m in METHODS}
         results[task] = {"count": len(pairs.samples), "scores": scores}
         save_picture(comparison_grid(pairs, images, 12), output / f"{task}.png")
-        (output / "table.md").write_text(note + markdown(results), encoding="utf-8")
+        write_text(output / "table.md", note + markdown(results))
         record = {"config": asdict(config), "versions": library_versions(), "adapter": asdict(pipe.adapter), "results": results}
-        (output / "results.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        write_json(output / "results.json", record)
     print(note + markdown(results))
     return results
 
 
 def _check(config: EvaluateConfig) -> AdapterInfo:
     """What can be told before weights are loaded; returns the adapter's description."""
+    check_output(config.output)
     base, info = open_base(config.base), read_adapter_info(resolve_adapter(config.adapter))
     height, width = base._size(None, None)
     if config.protocol == "nano" and (height, width) != (64, 64):

@@ -255,12 +255,40 @@ def test_bad_input_of_generate(
         (["evaluate", "--steps", "2000"], "steps must be between 1 and 1000, got 2000"),
     ],
 )
-def test_bad_input_of_demo_and_evaluate(
+def test_wrong_options_of_demo_and_evaluate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     """Told before a model is loaded; no folder is made."""
     assert message in fails(capsys, [*arguments, "--output", str(tmp_path / "out")], 2)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("_no_weights")
+@pytest.mark.parametrize("arguments", [["demo"], ["evaluate"], ["evaluate", "--protocol", "canny", "--data", "."]])
+def test_output_that_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    """An output that is a file, or below one, is named before any work; the file stays."""
+    file = tmp_path / "file"
+    file.write_text("x")
+    for path in (file, file / "out"):
+        told = fails(capsys, [*arguments, "--output", str(path)], 1)
+        assert (
+            told
+            == f"realgeneral {arguments[0]}: output must be a folder that can be written, got {path} where {file} is a file"
+        )
+    assert file.read_text() == "x"
+
+
+@pytest.mark.parametrize(("command", "file"), [("generate", True), ("train", False), ("evaluate", False)])
+def test_output_that_is_read_only(
+    work: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, file: bool
+) -> None:
+    """A folder in which nothing can be written is named before any work."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, who may write anywhere
+    arguments = {"generate": generate_args, "train": train_args}.get(command, lambda _: [command, "--output", work["run"]])(
+        work
+    )
+    told = fails(capsys, arguments, 1)
+    assert told.endswith(f"that can be written, got {work['out' if file else 'run']} where {work['root']} is read-only")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="offload works here")
