@@ -16,6 +16,9 @@ def _opt(help: str, default: Any = None, *, many: tuple[str, ...] | None = None,
     return field(default=default, metadata={"help": help, **argparse})
 
 
+# denoising steps and guidance: chosen for nano on concepts that it was trained on, and CogVideoX's own
+NANO_STEPS, NANO_GUIDANCE = 10, 1.5
+STEPS, GUIDANCE = 50, 6.0
 # NumPy's largest; a seed's products with sample and epoch numbers then fit in PyTorch's 64 bits
 MAX_SEED = 2**32 - 1
 
@@ -211,8 +214,10 @@ class GenerateConfig(Settings):
     output: str = _opt("PNG to write; -1, -2, ... are added for more than one image", "outputs/generate.png")
     height: int = _opt("pixels; 0 = the base's own size", 0)
     width: int = _opt("pixels; 0 = the base's own size", 0)
-    steps: int = _opt("denoising steps", 50)
-    guidance_scale: float = _opt("classifier-free guidance", 6.0)
+    steps: int | None = _opt(f"denoising steps; if not given {NANO_STEPS} for nano, {STEPS} for other bases")
+    guidance_scale: float | None = _opt(
+        f"classifier-free guidance; if not given {NANO_GUIDANCE} for nano, {GUIDANCE} for other bases"
+    )
     num_images: int = _opt("images to make; image i has seed + i", 1)
     seed: int = _opt("random seed", 0)
     condition_seed: int = _opt("seed of a condition with a random part (the hole of inpainting); -1 = --seed", -1)
@@ -226,9 +231,14 @@ class GenerateConfig(Settings):
         for name in ("prompt", "task"):
             if not getattr(self, name):
                 raise UsageError(f"--{name} must be given, got none")
+        fitting = (NANO_STEPS, NANO_GUIDANCE) if self.base == "nano" else (STEPS, GUIDANCE)
+        for name, value in zip(("steps", "guidance_scale"), fitting, strict=True):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         _check_at_least_one(self, "steps", "num_images")
         if self.condition and ":" in self.task:
             raise UsageError(f"task options have no effect with --condition, which is taken as it is, got {self.task!r}")
+        assert self.guidance_scale is not None
         if self.guidance_scale <= 1:
             _refuse_unused(self, "without guidance (guidance_scale of 1 or less)", "negative_prompt")
 
@@ -239,10 +249,10 @@ class DemoConfig(Settings):
 
     output: str = _opt("folder for pictures and metrics.json", "outputs/demo")
     concepts: int = _opt("held-out concepts per task", 4)
-    steps: int = _opt("denoising steps", 10)
+    steps: int = _opt("denoising steps", NANO_STEPS)
     train_steps: int = _opt("optimizer steps of the short training; 0 = none", 120)
     train_task: str = _opt("task of the short training", "colouring")
-    guidance_scale: float = _opt("classifier-free guidance", 1.5)
+    guidance_scale: float = _opt("classifier-free guidance", NANO_GUIDANCE)
     seed: int = _opt("random seed", 0)
     fused_kernels: bool = _opt("run the model on the Triton kernels of rgkernels", False)
     debug: bool = _opt("show the traceback of an error", False)
@@ -279,8 +289,8 @@ class EvaluateConfig(Settings):
     limit: int = _opt("only this many pictures of a protocol, a fixed random choice; 0 = all", 0)
     height: int = _opt("pixels of a protocol's pictures; 0 = the base's own size", 0)
     width: int = _opt("pixels; 0 = the base's own size", 0)
-    steps: int = _opt("denoising steps; the default fits nano", 10)
-    guidance_scale: float = _opt("classifier-free guidance; the default fits nano", 1.5)
+    steps: int = _opt("denoising steps; the default fits nano", NANO_STEPS)
+    guidance_scale: float = _opt("classifier-free guidance; the default fits nano", NANO_GUIDANCE)
     batch_size: int = _opt("images at once", 25)
     dtype: Literal["float32", "bfloat16", "float16"] = _opt("dtype of the models of a protocol", "float32")
     offload: bool = _opt("keep on the GPU only the model that runs (protocols)", False)

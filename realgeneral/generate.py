@@ -31,6 +31,8 @@ def generate(config: GenerateConfig) -> list[Path]:
         Failure: A file cannot be read.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert config.steps is not None  # GenerateConfig has filled both in
+    assert config.guidance_scale is not None
     conditions, (height, width) = prepare(config, device)
     dtype = getattr(torch, config.dtype)
     pipe = RealGeneralPipeline.from_pretrained(config.base, adapter=config.adapter or None, dtype=dtype)
@@ -72,6 +74,7 @@ def prepare(config: GenerateConfig, device: torch.device) -> tuple[list[Image.Im
     else:
         base._task_ids(name, 1)
     height, width = base._size(config.height or None, config.width or None)
+    assert config.steps is not None
     check_steps("steps", config.steps, base.scheduler)
     window = base.transformer.config.max_text_seq_length
     base._check_prompts([config.prompt, config.negative_prompt], window)
