@@ -136,7 +136,9 @@ class TrainConfig(DataSettings):
     sample_count: int = _opt("rows of a sample grid; 0 = none", 4)
     sample_steps: int = _opt("denoising steps of a sample", 20)
     guidance_scale: float = _opt("guidance of a sample", 3.0)
-    log_every: int = _opt("steps between log rows", 10)
+    log_every: int = _opt(
+        "steps per point of a tracker's curves and of the progress bar's loss; metrics.jsonl has every step", 10
+    )
     resume: bool = _opt("continue from the newest checkpoint in --output, if there is one", False)
     strict: bool = _opt("stop at the first bad row instead of skipping it", False)
     tracker: Literal["none", "tensorboard", "wandb"] = _opt("where the curves go besides metrics.jsonl", "none")
@@ -272,7 +274,7 @@ class EvaluateConfig(Settings):
 
     protocol: Literal["nano", "customization", "canny", "depth"] = _opt("what to evaluate", "nano")
     adapter: str = _opt('adapter folder, or "nano"', "nano")
-    base: str = _opt('checkpoint folder, or "nano"', "nano")
+    base: str = _opt('CogVideoX checkpoint (folder or hub id), or "nano"', "nano")
     output: str = _opt("folder for tables and pictures; a continued run keeps the pictures of its protocol", "outputs/evaluate")
     tasks: list[str] = _opt("nano: task names; default: all of the adapter's", many=())
     concepts: int = _opt("nano: concepts per task", 150)
