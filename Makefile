@@ -68,5 +68,6 @@ gpu-model:
 report: $(STAMP)
 	$(BIN)/python -m benchmarks.report $(ROWS)
 
+# not outputs/: trained adapters are there
 clean:
-	rm -rf $(VENV) $(LATEST) outputs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(LATEST) .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -41,7 +41,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["rgkernels", "rgkernels.*", "realgeneral", "realgeneral.*"]),
     package_data={"rgkernels": ["py.typed"], "realgeneral": ["py.typed"], "realgeneral.nano": ["assets/**"]},
-    install_requires=["torch>=2.9", "triton>=3.5; platform_system == 'Linux' and platform_machine == 'x86_64'"],
+    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"],
     extras_require={
         "train": TRAIN,
         "demo": DEMO,

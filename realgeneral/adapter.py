@@ -156,12 +156,17 @@ def add_lora(
     """
     if rank < 1:
         raise UsageError(f"rank must be at least 1, got {rank}")
+    check_targets(transformer, targets)
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets)))
+    mark_trainable(transformer)
+
+
+def check_targets(transformer: nn.Module, targets: Sequence[str]) -> None:
+    """UsageError unless each LoRA target names a linear layer; no weights are read."""
     linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in linears):
             raise UsageError(f"LoRA target must name linear layers of the base such as {list(LORA_TARGETS)}, got {target!r}")
-    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets)))
-    mark_trainable(transformer)
 
 
 def mark_trainable(transformer: RealGeneralTransformer3DModel) -> list[nn.Parameter]:
@@ -284,7 +289,8 @@ def load_adapter(
     lora_path, branch_path = _existing(folder, LORA_FILE), _existing(folder, CONDITION_FILE)
     lora, branch = read_tensors(lora_path), read_tensors(branch_path)
     # everything is checked before the model is touched
-    _check_fits(transformer, info, preset)
+    check_fits(transformer, info, preset)
+    _check_weights(transformer, info)
     _check_lora(transformer, lora, info, lora_path)
     shapes = {name: p.shape for name, p in transformer.condition_parameters().items()}
     shapes["condition_embedding.task.weight"] = torch.Size((len(info.tasks), transformer.geometry.dim))
@@ -300,26 +306,30 @@ def load_adapter(
     return info
 
 
-def _check_fits(transformer: RealGeneralTransformer3DModel, info: AdapterInfo, preset: str | None) -> None:
+def check_fits(transformer: RealGeneralTransformer3DModel, info: AdapterInfo, preset: str | None = None) -> None:
+    """As `load_adapter` checks it, but for what only weights can tell: the base's may be on "meta"."""
     own = geometry_of(transformer)
     different = {k: (info.geometry.get(k), own[k]) for k in GEOMETRY_KEYS if info.geometry.get(k) != own[k]}
     if different:
         listed = ", ".join(f"{k} = {theirs} (this base: {ours})" for k, (theirs, ours) in different.items())
         raise UsageError(f"adapter must be for this base, got one trained on {info.base!r} with {listed}")
-    if not all(
-        math.isclose(a, b, rel_tol=SIGNATURE_TOLERANCE) for a, b in zip(info.signature, signature_of(transformer), strict=False)
-    ):
-        raise UsageError(f"adapter must be for this base, got one trained on {info.base!r}, whose weights are others")
     if info.preset not in PRESETS:
         raise Failure(f"adapter must have a preset of {tuple(PRESETS)}, got {info.preset!r}")
     if preset is not None and preset != info.preset:
         raise UsageError(f"adapter must be of preset {preset!r}, got one trained in preset {info.preset!r}")
-    if getattr(transformer, "peft_config", None):
-        raise UsageError("transformer must have no LoRA before an adapter is loaded, got one: call unload_lora_weights() first")
     try:
         _ = info.task_names
     except ValueError as error:
         raise UsageError(f"adapter must be of registered tasks: {error}") from None
+
+
+def _check_weights(transformer: RealGeneralTransformer3DModel, info: AdapterInfo) -> None:
+    if not all(
+        math.isclose(a, b, rel_tol=SIGNATURE_TOLERANCE) for a, b in zip(info.signature, signature_of(transformer), strict=False)
+    ):
+        raise UsageError(f"adapter must be for this base, got one trained on {info.base!r}, whose weights are others")
+    if getattr(transformer, "peft_config", None):
+        raise UsageError("transformer must have no LoRA before an adapter is loaded, got one: call unload_lora_weights() first")
 
 
 def _check_lora(

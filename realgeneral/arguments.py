@@ -36,10 +36,15 @@ def check_choices(output_type: str, callback_inputs: Sequence[str]) -> None:
         raise UsageError(f"callback_on_step_end_tensor_inputs must be among {CALLBACK_INPUTS}, got {list(callback_inputs)}")
 
 
-def check_counts(steps: int, most_steps: int, images: int) -> None:
-    """Steps that the schedule has, and at least one image."""
-    if not 1 <= steps <= most_steps:
-        raise UsageError(f"num_inference_steps must be between 1 and {most_steps}, got {steps}")
+def check_steps(name: str, steps: int, scheduler: Any) -> None:
+    """Denoising steps that a schedule has; `name` is the argument's."""
+    most = scheduler.config.num_train_timesteps
+    if not 1 <= steps <= most:
+        raise UsageError(f"{name} must be between 1 and {most}, got {steps}")
+
+
+def check_images(images: int) -> None:
+    """At least one image."""
     if images < 1:
         raise UsageError(f"num_images_per_prompt must be at least 1, got {images}")
 

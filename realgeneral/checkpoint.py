@@ -31,6 +31,7 @@ from realgeneral.adapter import (
 from realgeneral.config import TrainConfig, adjusted, check_resumable
 from realgeneral.data import PairDataset
 from realgeneral.errors import Failure, UsageError
+from realgeneral.preflight import check_output
 from realgeneral.shards import shard_like, whole
 
 STATE_FILE = "training_state.pt"
@@ -56,10 +57,7 @@ def start_or_resume(config: TrainConfig, output: Path, processes: int = 1, tell:
         UsageError: The folder holds a run and `resume` is off, or the settings differ from that run's.
         Failure: The output cannot be made a folder.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Failure(f"output must be a folder that can be written, got {output}: {error.strerror}") from None
+    check_output(str(output))
     found = checkpoints(output)
     if not found:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
@@ -15,10 +16,25 @@ def _opt(help: str, default: Any = None, *, many: tuple[str, ...] | None = None,
     return field(default=default, metadata={"help": help, **argparse})
 
 
+# denoising steps and guidance: chosen for nano on concepts that it was trained on, and CogVideoX's own
+NANO_STEPS, NANO_GUIDANCE = 10, 1.5
+STEPS, GUIDANCE = 50, 6.0
+# NumPy's largest; a seed's products with sample and epoch numbers then fit in PyTorch's 64 bits
+MAX_SEED = 2**32 - 1
+
+
 def _check_at_least_one(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise UsageError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+def _refuse_unused(config: Any, where: str, *names: str) -> None:
+    """UsageError if a setting that does nothing `where` it is given is not its default."""
+    for item in fields(config):
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        if item.name in names and getattr(config, item.name) != default:
+            raise UsageError(f"{item.name} has no effect {where}, got {getattr(config, item.name)!r}")
 
 
 DATA_HELP = (
@@ -36,7 +52,23 @@ TRUNCATE_HELP = "cut prompts that are longer than the base's text window (nano: 
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class Settings:
+    """What every command checks of its settings: numbers are finite, seeds in range."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise UsageError(f"{item.name} must be finite, got {number}")
+        for name, least in (("seed", 0), ("condition_seed", -1)):
+            seed = getattr(self, name, least)
+            if not least <= seed <= MAX_SEED:
+                raise UsageError(f"{name} must be between {least} and {MAX_SEED}, got {seed}")
+
+
+@dataclass(frozen=True)
+class DataSettings(Settings):
     """What `check-data`, `precompute` and `train` are asked of their data in the same words."""
 
     base: str = _opt('CogVideoX checkpoint (folder or hub id), or "nano"', "nano")
@@ -51,6 +83,7 @@ class DataSettings:
     debug: bool = _opt("show the traceback of an error", False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_workers < 0:
             raise UsageError(f"num_workers must not be negative, got {self.num_workers}")
 
@@ -107,7 +140,9 @@ class TrainConfig(DataSettings):
     sample_count: int = _opt("rows of a sample grid; 0 = none", 4)
     sample_steps: int = _opt("denoising steps of a sample", 20)
     guidance_scale: float = _opt("guidance of a sample", 3.0)
-    log_every: int = _opt("steps between log rows", 10)
+    log_every: int = _opt(
+        "steps per point of a tracker's curves and of the progress bar's loss; metrics.jsonl has every step", 10
+    )
     resume: bool = _opt("continue from the newest checkpoint in --output, if there is one", False)
     strict: bool = _opt("stop at the first bad row instead of skipping it", False)
     tracker: Literal["none", "tensorboard", "wandb"] = _opt("where the curves go besides metrics.jsonl", "none")
@@ -127,10 +162,14 @@ class TrainConfig(DataSettings):
         for name in ("text_dropout", "condition_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
-        for name in "variants sample_count sample_every warmup_steps weight_decay alpha seed".split():
+        for name in "variants sample_count sample_every warmup_steps weight_decay alpha".split():
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must not be negative, got {getattr(self, name)}")
         _check_at_least_one(self, "sample_steps")
+        if self.engine != "deepspeed":
+            _refuse_unused(self, "without --engine deepspeed", "deepspeed_config")
+        if not self.sample_count:
+            _refuse_unused(self, "with --sample-count 0", "sample_every", "sample_steps", "guidance_scale")
         if self.ablation != "none" and self.init_adapter:
             raise UsageError(f"ablation must be 'none' with init_adapter, which brings the part trained, got {self.ablation!r}")
         if not self.max_grad_norm > 0:
@@ -178,7 +217,7 @@ def adjusted(old: dict[str, Any], new: TrainConfig) -> list[str]:
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(Settings):
     """One or more images from a prompt and condition image(s)."""
 
     prompt: str = _opt("what to make")
@@ -194,8 +233,10 @@ class GenerateConfig:
     output: str = _opt("PNG to write; -1, -2, ... are added for more than one image", "outputs/generate.png")
     height: int = _opt("pixels; 0 = the base's own size", 0)
     width: int = _opt("pixels; 0 = the base's own size", 0)
-    steps: int = _opt("denoising steps", 50)
-    guidance_scale: float = _opt("classifier-free guidance", 6.0)
+    steps: int | None = _opt(f"denoising steps; if not given {NANO_STEPS} for nano, {STEPS} for other bases")
+    guidance_scale: float | None = _opt(
+        f"classifier-free guidance; if not given {NANO_GUIDANCE} for nano, {GUIDANCE} for other bases"
+    )
     num_images: int = _opt("images to make; image i has seed + i", 1)
     seed: int = _opt("random seed", 0)
     condition_seed: int = _opt("seed of a condition with a random part (the hole of inpainting); -1 = --seed", -1)
@@ -205,30 +246,43 @@ class GenerateConfig:
     debug: bool = _opt("show the traceback of an error", False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("prompt", "task"):
             if not getattr(self, name):
                 raise UsageError(f"--{name} must be given, got none")
+        fitting = (NANO_STEPS, NANO_GUIDANCE) if self.base == "nano" else (STEPS, GUIDANCE)
+        for name, value in zip(("steps", "guidance_scale"), fitting, strict=True):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         _check_at_least_one(self, "steps", "num_images")
+        if self.condition and ":" in self.task:
+            raise UsageError(f"task options have no effect with --condition, which is taken as it is, got {self.task!r}")
+        assert self.guidance_scale is not None
+        if self.guidance_scale <= 1:
+            _refuse_unused(self, "without guidance (guidance_scale of 1 or less)", "negative_prompt")
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(Settings):
     """What `make demo` runs: generation with the shipped adapter, then a short training, on the CPU."""
 
     output: str = _opt("folder for pictures and metrics.json", "outputs/demo")
     concepts: int = _opt("held-out concepts per task", 4)
-    steps: int = _opt("denoising steps", 10)
+    steps: int = _opt("denoising steps", NANO_STEPS)
     train_steps: int = _opt("optimizer steps of the short training; 0 = none", 120)
     train_task: str = _opt("task of the short training", "colouring")
-    guidance_scale: float = _opt("classifier-free guidance", 1.5)
+    guidance_scale: float = _opt("classifier-free guidance", NANO_GUIDANCE)
     seed: int = _opt("random seed", 0)
     fused_kernels: bool = _opt("run the model on the Triton kernels of rgkernels", False)
     debug: bool = _opt("show the traceback of an error", False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_at_least_one(self, "concepts", "steps")
         if self.train_steps < 0:
             raise UsageError(f"train_steps must not be negative, got {self.train_steps}")
+        if not self.train_steps:
+            _refuse_unused(self, "with --train-steps 0", "train_task")
 
 
 _SPATIAL = ("canny", "depth")
@@ -244,12 +298,12 @@ ONLY_FOR = {
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """Scores of an adapter: the emoji table of nano, or one of the paper's protocols on a folder (docs/evaluation.md)."""
 
     protocol: Literal["nano", "customization", "canny", "depth"] = _opt("what to evaluate", "nano")
     adapter: str = _opt('adapter folder, or "nano"', "nano")
-    base: str = _opt('checkpoint folder, or "nano"', "nano")
+    base: str = _opt('CogVideoX checkpoint (folder or hub id), or "nano"', "nano")
     output: str = _opt("folder for tables and pictures; a continued run keeps the pictures of its protocol", "outputs/evaluate")
     tasks: list[str] = _opt("nano: task names; default: all of the adapter's", many=())
     concepts: int = _opt("nano: concepts per task", 150)
@@ -268,8 +322,8 @@ class EvaluateConfig:
     truncate_prompts: bool = _opt(f"protocols: {TRUNCATE_HELP}", False)
     height: int = _opt("pixels of a protocol's pictures; 0 = the base's own size", 0)
     width: int = _opt("pixels; 0 = the base's own size", 0)
-    steps: int = _opt("denoising steps; the default fits nano", 10)
-    guidance_scale: float = _opt("classifier-free guidance; the default fits nano", 1.5)
+    steps: int = _opt("denoising steps; the default fits nano", NANO_STEPS)
+    guidance_scale: float = _opt("classifier-free guidance; the default fits nano", NANO_GUIDANCE)
     batch_size: int = _opt("images at once", 25)
     dtype: Literal["float32", "bfloat16", "float16"] = _opt("dtype of the models of a protocol", "float32")
     offload: bool = _opt("keep on the GPU only the model that runs (protocols)", False)
@@ -277,6 +331,9 @@ class EvaluateConfig:
     debug: bool = _opt("show the traceback of an error", False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.adapter:
+            raise UsageError(f'adapter must be a folder or "nano", got {self.adapter!r}')
         _check_at_least_one(self, "concepts", "steps", "batch_size", "images_per_prompt")
         if self.limit < 0:
             raise UsageError(f"limit must not be negative, got {self.limit}")

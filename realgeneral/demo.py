@@ -7,7 +7,7 @@ starts from the base on one task, with its loss curve and pictures before and af
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from realgeneral.adapter import read_adapter_info
+from realgeneral.arguments import check_steps
 from realgeneral.config import DemoConfig, TrainConfig
 from realgeneral.evaluate import NanoPairs, generate_all, interval, measures, nano_pairs
-from realgeneral.kernels import use_kernels
+from realgeneral.kernels import check_kernels, use_kernels
 from realgeneral.metrics import psnr, ssim
 from realgeneral.pictures import picture_grid, save_picture
-from realgeneral.pipeline import RealGeneralPipeline
+from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.preflight import check_output, open_base
+from realgeneral.protocols.report import write_json
 from realgeneral.samples import to_picture
 from realgeneral.tasks import get_task
 from realgeneral.train import train
@@ -31,26 +35,30 @@ from realgeneral.vae import fold_single_frame
 def demo(config: DemoConfig) -> dict[str, Any]:
     """Run the demo; writes grid.png, loss.png, before_after.png and metrics.json to `config.output`."""
     began = time.perf_counter()
+    check_output(config.output)
+    check_kernels(config.fused_kernels, _device())
+    check_steps("steps", config.steps, open_base("nano").scheduler)
+    spec = read_adapter_info(resolve_adapter("nano")).task_spec(config.train_task)
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
     pipe = open_pipeline("nano", config)
     metrics: dict[str, Any] = {"generation": show_tasks(pipe, config, output)}
     if config.train_steps:
-        metrics["training"] = show_training(config, output)
+        # a new folder of its own: whatever else is in the output is the user's
+        with tempfile.TemporaryDirectory(prefix="training-", dir=output) as run:
+            metrics["training"] = show_training(config, spec, output, run)
     metrics["seconds"] = round(time.perf_counter() - began, 1)
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    write_json(output / "metrics.json", metrics)
     print(report(metrics, output))
     return metrics
 
 
 def open_pipeline(adapter: str | None, config: DemoConfig) -> RealGeneralPipeline:
     """The nano pipeline on the best device, quiet."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe = RealGeneralPipeline.from_pretrained("nano", adapter=adapter)
     pipe.set_progress_bar_config(disable=True)
     fold_single_frame(pipe.vae)
-    use_kernels(pipe.transformer, config.fused_kernels, device)
-    return pipe.to(device)
+    use_kernels(pipe.transformer, config.fused_kernels, _device())
+    return pipe.to(_device())
 
 
 def show_tasks(pipe: RealGeneralPipeline, config: DemoConfig, output: Path) -> dict[str, Any]:
@@ -73,17 +81,12 @@ def show_tasks(pipe: RealGeneralPipeline, config: DemoConfig, output: Path) -> d
     return scores
 
 
-def show_training(config: DemoConfig, output: Path) -> dict[str, Any]:
-    """Train an adapter from the base on one task; loss curve, and the same pictures before and after."""
-    run = output / "training"
-    shutil.rmtree(run, ignore_errors=True)
-    pipe = RealGeneralPipeline.from_pretrained("nano", adapter="nano")
-    assert pipe.adapter is not None
-    spec = pipe.adapter.task_spec(config.train_task)
+def show_training(config: DemoConfig, spec: str, output: Path, run: str) -> dict[str, Any]:
+    """Train an adapter from the base on one task in the folder `run`; loss curve, and the same pictures before and after."""
     print(f"training: {config.train_steps} steps of LoRA + condition branch from the base on {config.train_task}", flush=True)
     began = time.perf_counter()
     settings = TrainConfig(
-        tasks=[spec], output=str(run), steps=config.train_steps, batch_size=8, rank=32, learning_rate=2e-3, warmup_steps=10,
+        tasks=[spec], output=run, steps=config.train_steps, batch_size=8, rank=32, learning_rate=2e-3, warmup_steps=10,
         save_every=config.train_steps, sample_count=0, fused_kernels=config.fused_kernels, seed=config.seed,
     )  # fmt: skip
     result = train(settings)
@@ -146,6 +149,10 @@ def report(metrics: dict[str, Any], output: Path) -> str:
         files += ["loss.png", "before_after.png"]
     lines.append(f"{metrics['seconds']} s; pictures: " + ", ".join(str(output / f) for f in files))
     return "\n".join(lines)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class _Sampling:

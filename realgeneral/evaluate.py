@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from realgeneral.adapter import library_versions
+from realgeneral.adapter import AdapterInfo, check_fits, library_versions, read_adapter_info
+from realgeneral.arguments import check_steps
 from realgeneral.config import EvaluateConfig
 from realgeneral.data import PairDataset, Sample
 from realgeneral.errors import UsageError
@@ -22,7 +22,9 @@ from realgeneral.metrics import edge_f1, psnr, retrieval_hits, ssim
 from realgeneral.nano.emoji import Concept
 from realgeneral.nano.pairs import TARGET_STYLES, NanoSource
 from realgeneral.pictures import picture_grid, save_picture
-from realgeneral.pipeline import RealGeneralPipeline
+from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.preflight import check_output, open_base
+from realgeneral.protocols.report import write_json, write_text
 from realgeneral.samples import to_picture
 from realgeneral.tasks import get_task
 from realgeneral.vae import fold_single_frame
@@ -118,12 +120,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         Failure: Something cannot be read or written.
         RuntimeError: The image encoder of the extra "eval" is missing.
     """
+    info = _check(config)
     if config.protocol != "nano":
         from realgeneral.protocols.run import run_protocol
 
         return run_protocol(config)
+    specs = [info.task_spec(name.partition(":")[0]) for name in config.tasks or info.task_names]
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
     pipe = _pipeline(config, config.adapter)
     assert pipe.adapter is not None
     base = _pipeline(config, "")
@@ -131,24 +134,34 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     base.transformer.configure_condition(pipe.adapter.task_names, "open")
     results: dict[str, Any] = {}
     note = "" if config.split == "held_out" else "Concepts of the training split: to choose settings by, not to report.\n\n"
-    for name in config.tasks or pipe.adapter.task_names:
-        spec = pipe.adapter.task_spec(name.partition(":")[0])
-        height, width = pipe._size(None, None)
-        pairs = nano_pairs(spec, config.concepts, (width, height), config.seed, config.split)
-        images = {
-            "adapter": generate_all(pipe, pairs, config, f"{name}, adapter"),
-            "copy condition": pairs.conditions,
-            "base": generate_all(base, pairs, config, f"{name}, base"),
-        }
+    for spec in specs:
         task = get_task(spec).name
+        pairs = nano_pairs(spec, config.concepts, (64, 64), config.seed, config.split)
+        images = {
+            "adapter": generate_all(pipe, pairs, config, f"{task}, adapter"),
+            "copy condition": pairs.conditions,
+            "base": generate_all(base, pairs, config, f"{task}, base"),
+        }
         scores = {m: {k: interval(fn(images[m])) for k, fn in measures(task, pairs).items()} for m in METHODS}
         results[task] = {"count": len(pairs.samples), "scores": scores}
         save_picture(comparison_grid(pairs, images, 12), output / f"{task}.png")
-        (output / "table.md").write_text(note + markdown(results), encoding="utf-8")
+        write_text(output / "table.md", note + markdown(results))
         record = {"config": asdict(config), "versions": library_versions(), "adapter": asdict(pipe.adapter), "results": results}
-        (output / "results.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        write_json(output / "results.json", record)
     print(note + markdown(results))
     return results
+
+
+def _check(config: EvaluateConfig) -> AdapterInfo:
+    """What can be told before weights are loaded; returns the adapter's description."""
+    check_output(config.output)
+    base, info = open_base(config.base), read_adapter_info(resolve_adapter(config.adapter))
+    height, width = base._size(None, None)
+    if config.protocol == "nano" and (height, width) != (64, 64):
+        raise UsageError(f"base must be a 64 px model such as nano for the emoji table, got one of {height} x {width} px")
+    check_fits(base.transformer, info)
+    check_steps("steps", config.steps, base.scheduler)
+    return info
 
 
 def comparison_grid(pairs: NanoPairs, images: dict[str, Tensor], rows: int) -> Image.Image:
@@ -171,8 +184,6 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _pipeline(config: EvaluateConfig, adapter: str) -> RealGeneralPipeline:
     pipe = RealGeneralPipeline.from_pretrained(config.base, adapter=adapter or None)
-    if pipe.transformer.config.sample_height * pipe.vae_scale_factor_spatial != 64:
-        raise UsageError("base must be a 64 px model such as nano for the emoji table, got a larger one")
     pipe.set_progress_bar_config(disable=True)
     fold_single_frame(pipe.vae)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -10,13 +10,15 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from realgeneral.adapter import read_adapter_info
+from realgeneral.adapter import check_fits, read_adapter_info
+from realgeneral.arguments import check_steps
 from realgeneral.config import GenerateConfig
 from realgeneral.embedding import cut_prompt
-from realgeneral.errors import Failure, UsageError
-from realgeneral.kernels import use_kernels
+from realgeneral.errors import UsageError
+from realgeneral.kernels import check_kernels, use_kernels
 from realgeneral.pictures import fit_picture, load_picture, save_picture
 from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.preflight import check_output, open_base
 from realgeneral.tasks import get_task, mask_out
 from realgeneral.vae import fold_single_frame
 from rgkernels import __version__
@@ -30,8 +32,9 @@ def generate(config: GenerateConfig) -> list[Path]:
         Failure: A file cannot be read.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _check(config, device)
-    pictures = [load_picture(path) for path in config.condition]
+    assert config.steps is not None  # GenerateConfig has filled both in
+    assert config.guidance_scale is not None
+    (prompt, negative), conditions, (height, width) = prepare(config, device)
     dtype = getattr(torch, config.dtype)
     pipe = RealGeneralPipeline.from_pretrained(config.base, adapter=config.adapter or None, dtype=dtype)
     fold_single_frame(pipe.vae)
@@ -40,11 +43,6 @@ def generate(config: GenerateConfig) -> list[Path]:
         pipe.enable_model_cpu_offload()
     else:
         pipe.to(device)
-    height, width = pipe._size(config.height or None, config.width or None)
-    conditions = pictures or [derive_condition(config, pipe, width, height)]
-    window = pipe.transformer.config.max_text_seq_length
-    texts = [config.prompt, config.negative_prompt]
-    prompt, negative = (cut_prompt(pipe.tokenizer, t, window) for t in texts) if config.truncate_prompts else texts
     images = pipe(
         prompt,
         conditions,
@@ -61,8 +59,35 @@ def generate(config: GenerateConfig) -> list[Path]:
     return _write(images, config)
 
 
-def _check(config: GenerateConfig, device: torch.device) -> None:
-    """What can be told before a large model is loaded."""
+def prepare(config: GenerateConfig, device: torch.device) -> tuple[list[str], list[Image.Image], tuple[int, int]]:
+    """Both prompts, condition pictures and (height, width), after all checks that need no weights: loading takes minutes."""
+    _check_options(config, device)
+    pictures = [load_picture(path) for path in config.condition]
+    for picture in (config.picture, config.mask):
+        if picture:
+            load_picture(picture)
+    check_kernels(config.fused_kernels, device)
+    name, base = get_task(config.task).name, open_base(config.base)
+    if config.adapter:
+        base.adapter = read_adapter_info(resolve_adapter(config.adapter))
+        check_fits(base.transformer, base.adapter)
+        base.adapter.task_spec(name)
+    else:
+        base._task_ids(name, 1)
+    height, width = base._size(config.height or None, config.width or None)
+    assert config.steps is not None
+    check_steps("steps", config.steps, base.scheduler)
+    window = base.transformer.config.max_text_seq_length
+    texts = [config.prompt, config.negative_prompt]
+    if config.truncate_prompts:
+        texts = [cut_prompt(base.tokenizer, text, window) for text in texts]
+    base._check_prompts(texts, window)
+    base._subject_mask(texts[:1], config.subject or None, window)
+    return texts, pictures or [derive_condition(config, base, width, height)], (height, width)
+
+
+def _check_options(config: GenerateConfig, device: torch.device) -> None:
+    """Whether options and files fit each other."""
     try:
         name = get_task(config.task).name
     except ValueError as error:
@@ -71,19 +96,22 @@ def _check(config: GenerateConfig, device: torch.device) -> None:
         raise UsageError(f"one of --condition and --picture must be given, got {'both' if config.picture else 'neither'}")
     if config.mask and (name != "inpainting" or not config.picture):
         raise UsageError(f"--mask must come with --picture and --task inpainting, got --task {config.task}")
+    if config.condition_seed >= 0 and not _draws(config):
+        raise UsageError(
+            f"condition_seed has no effect without --picture and a task that draws (inpainting without --mask), "
+            f"got {config.condition_seed}"
+        )
     if config.offload and device.type == "cpu":
         raise UsageError("--offload needs a GPU, found none")
     output = Path(config.output)
     if output.suffix.lower() != ".png" or output.is_dir():
         raise UsageError(f"output must be a .png file, got {output}")
-    above = next(folder for folder in output.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise Failure(f"output must be in a folder, got {output} where {above} is a file")
-    for picture in (config.picture, config.mask):
-        if picture:
-            load_picture(picture)
-    if config.adapter:
-        read_adapter_info(resolve_adapter(config.adapter)).task_spec(name)
+    check_output(config.output, file=True)
+
+
+def _draws(config: GenerateConfig) -> bool:
+    """Whether the condition has a random part."""
+    return bool(config.picture) and not config.mask and get_task(config.task).seeded
 
 
 def derive_condition(config: GenerateConfig, pipe: RealGeneralPipeline, width: int, height: int) -> Image.Image:
@@ -105,7 +133,7 @@ def _write(images: list[Image.Image], config: GenerateConfig) -> list[Path]:
     for i, (image, file) in enumerate(zip(images, paths, strict=True)):
         # the settings that make this very image again, alone
         info = PngInfo()
-        condition_seed = config.seed if config.condition_seed < 0 else config.condition_seed
+        condition_seed = config.seed if _draws(config) and config.condition_seed < 0 else config.condition_seed
         again = {"seed": config.seed + i, "condition_seed": condition_seed, "num_images": 1, "output": str(file)}
         settings = {**asdict(config), **again}
         info.add_text("realgeneral", json.dumps({**settings, "version": __version__}))

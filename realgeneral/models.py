@@ -13,10 +13,11 @@ from realgeneral.checkpoint import load_weights
 from realgeneral.config import TrainConfig
 from realgeneral.errors import UsageError
 from realgeneral.kernels import use_kernels
-from realgeneral.loading import run_tasks
 from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.preflight import tasks_to_train
 from realgeneral.recompute import checkpointing
 from realgeneral.tasks import get_task
+from realgeneral.transformer import RealGeneralTransformer3DModel
 
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -32,7 +33,11 @@ def load_models(config: TrainConfig, device: torch.device) -> tuple[RealGeneralP
     pipe.set_progress_bar_config(disable=True)
     transformer = pipe.transformer
     transformer.requires_grad_(False)
-    tasks = _start_from_adapter(config, pipe) if config.init_adapter else _fresh_adapter(config, pipe)
+    tasks = tasks_to_train(config)
+    if config.init_adapter:
+        _start_from_adapter(config, transformer)
+    else:
+        _add_fresh_adapter(config, transformer, tasks)
     mark_trainable(transformer)
     freeze_for_ablation(transformer, config.ablation)
     if config.gradient_checkpointing != "none":
@@ -67,34 +72,23 @@ def _realign(pipe: RealGeneralPipeline) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _fresh_adapter(config: TrainConfig, pipe: RealGeneralPipeline) -> list[str]:
-    tasks = run_tasks(config.tasks, config.data)
-    pipe.transformer.configure_condition([get_task(spec).name for spec in tasks], config.preset)
+def _add_fresh_adapter(config: TrainConfig, transformer: RealGeneralTransformer3DModel, tasks: list[str]) -> None:
+    transformer.configure_condition([get_task(spec).name for spec in tasks], config.preset)
     torch.manual_seed(config.seed)
-    add_lora(pipe.transformer, config.rank, config.alpha or None, config.lora_targets)
-    return tasks
+    add_lora(transformer, config.rank, config.alpha or None, config.lora_targets)
 
 
-def _start_from_adapter(config: TrainConfig, pipe: RealGeneralPipeline) -> list[str]:
+def _start_from_adapter(config: TrainConfig, transformer: RealGeneralTransformer3DModel) -> None:
     folder = Path(resolve_adapter(config.init_adapter))
-    info = load_adapter(pipe.transformer, folder, preset=config.preset)
+    load_adapter(transformer, folder, preset=config.preset)
     # once more into float32: it was loaded for inference, in the base's dtype
-    mark_trainable(pipe.transformer)
-    load_weights(folder, pipe.transformer)
-    if (info.rank, info.alpha) != (config.rank, config.alpha or config.rank):
-        raise UsageError(
-            f"rank and alpha must be those of the adapter to start from, {info.rank} and {info.alpha:g}, "
-            f"got {config.rank} and {config.alpha or config.rank:g}"
-        )
-    targets = sorted(pipe.transformer.peft_config["default"].target_modules)
+    mark_trainable(transformer)
+    load_weights(folder, transformer)
+    targets = sorted(transformer.peft_config["default"].target_modules)
     if targets != sorted(config.lora_targets):
         raise UsageError(
             f"lora_targets must be those of the adapter to start from, {targets}, got {sorted(config.lora_targets)}"
         )
-    tasks = run_tasks(config.tasks, config.data) if config.tasks else list(info.tasks)
-    if tuple(get_task(spec).name for spec in tasks) != info.task_names:
-        raise UsageError(f"tasks must be those of the adapter to start from, {list(info.task_names)}, got {tasks}")
-    return tasks
 
 
 def freeze_for_ablation(transformer: nn.Module, ablation: str) -> None:

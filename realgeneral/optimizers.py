@@ -13,24 +13,29 @@ from realgeneral.config import TrainConfig
 from realgeneral.errors import UsageError
 
 
-def make_optimizer(config: TrainConfig, parameters: Sequence[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over the trained weights, with float32 or 8-bit states.
-
-    Raises:
-        UsageError: 8-bit states are asked for without CUDA or without bitsandbytes.
-    """
-    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+def check_optimizer(config: TrainConfig, device: torch.device) -> None:
+    """UsageError if 8-bit states are asked for without CUDA or without bitsandbytes."""
     if config.optimizer == "adamw":
-        # fused: no temporary copies of all weights, where a GPU's memory is scarce
-        return torch.optim.AdamW(parameters, **settings, fused=True if device.type == "cuda" else None)
+        return
     if device.type != "cuda":
         raise UsageError(f"--optimizer {config.optimizer} needs a CUDA device, found none")
     try:
-        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+        import bitsandbytes.optim  # noqa: F401
     except ImportError as error:
         raise UsageError(
             f"--optimizer {config.optimizer} needs the package bitsandbytes (pip install 'realgeneral[8bit]'), got: {error}"
         ) from None
+
+
+def make_optimizer(config: TrainConfig, parameters: Sequence[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+    """AdamW over the trained weights, with float32 or 8-bit states; UsageError as `check_optimizer`."""
+    check_optimizer(config, device)
+    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        # fused: no temporary copies of all weights, where a GPU's memory is scarce
+        return torch.optim.AdamW(parameters, **settings, fused=True if device.type == "cuda" else None)
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
     kind = AdamW8bit if config.optimizer == "adamw8bit" else PagedAdamW8bit
     optimizer: torch.optim.Optimizer = kind(parameters, **settings)
     return optimizer

@@ -17,7 +17,16 @@ from PIL import Image
 from torch import Tensor
 
 from realgeneral.adapter import AdapterInfo, load_adapter
-from realgeneral.arguments import Conditions, as_list, check_choices, check_counts, check_embeds, check_prompts, condition_lists
+from realgeneral.arguments import (
+    Conditions,
+    as_list,
+    check_choices,
+    check_embeds,
+    check_images,
+    check_prompts,
+    check_steps,
+    condition_lists,
+)
 from realgeneral.condition import ConditionCache
 from realgeneral.embedding import pool_subject, subject_span_mask
 from realgeneral.errors import UsageError
@@ -164,7 +173,8 @@ class RealGeneralPipeline(CogVideoXPipeline):
         check_prompts(prompts, negatives)
         check_embeds(len(prompts), prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
         check_choices(output_type, callback_on_step_end_tensor_inputs)
-        check_counts(num_inference_steps, self.scheduler.config.num_train_timesteps, num_images_per_prompt)
+        check_steps("num_inference_steps", num_inference_steps, self.scheduler)
+        check_images(num_images_per_prompt)
         self._task_ids(task, 1)
         if condition is not None and condition_cache is not None:
             raise UsageError("condition and condition_cache must not both be given, got both")
@@ -335,16 +345,19 @@ class RealGeneralPipeline(CogVideoXPipeline):
     def _subject_embeds(
         self, prompts: list[str], subject: str | Sequence[str | None] | None, text: Tensor, window: int
     ) -> Tensor | None:
+        mask = self._subject_mask(prompts, subject, window)
+        return None if mask is None else pool_subject(text, mask.to(text.device))
+
+    def _subject_mask(self, prompts: list[str], subject: str | Sequence[str | None] | None, window: int) -> Tensor | None:
         if subject is None:
             return None
         subjects = [subject] * len(prompts) if isinstance(subject, str) else list(subject)
         if len(subjects) != len(prompts):
             raise UsageError(f"subject must be one for all or one per prompt ({len(prompts)}), got {len(subjects)}")
         try:
-            mask = subject_span_mask(self.tokenizer, prompts, subjects, window)
+            return subject_span_mask(self.tokenizer, prompts, subjects, window)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        return pool_subject(text, mask.to(text.device))
 
     def _initial_latents(
         self,

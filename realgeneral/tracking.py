@@ -88,6 +88,7 @@ class MetricsLog:
         if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [row for row in map(_parse, lines) if row is not None and row["step"] <= start]
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(partial, path)

@@ -37,6 +37,7 @@ from realgeneral.objective import Batch, Draws, Texts, collate, training_loss
 from realgeneral.optimizers import learning_rate_factor, make_optimizer
 from realgeneral.pictures import save_picture
 from realgeneral.pipeline import RealGeneralPipeline
+from realgeneral.preflight import check_training
 from realgeneral.records import Source
 from realgeneral.samples import sample_grid
 from realgeneral.sources import open_source
@@ -103,6 +104,7 @@ def open_run(config: TrainConfig, engine: Engine) -> Run:
     agree_on_start(engine, output, start)
     with engine.together():
         source = open_source(config.data, config.columns)
+        check_training(config, engine.device)
         pipe, info = load_models(config, engine.device)
         if resumed:
             checkpoint.load_weights(resumed, pipe.transformer)

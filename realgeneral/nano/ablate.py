@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from realgeneral.adapter import library_versions
-from realgeneral.config import EvaluateConfig, TrainConfig
+from realgeneral.config import NANO_GUIDANCE, NANO_STEPS, EvaluateConfig, TrainConfig
 from realgeneral.errors import Failure, UsageError
 from realgeneral.evaluate import NanoPairs, generate_all, measures, nano_pairs
 from realgeneral.metrics import RESAMPLES, Score, bootstrap
@@ -244,8 +244,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="base in bfloat16, autocast")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--concepts", type=int, default=100)
-    parser.add_argument("--sample-steps", type=int, default=10)
-    parser.add_argument("--guidance-scale", type=float, default=1.5)
+    parser.add_argument("--sample-steps", type=int, default=NANO_STEPS)
+    parser.add_argument("--guidance-scale", type=float, default=NANO_GUIDANCE)
     return parser.parse_args(argv)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_photo
+from diffusers import CogVideoXPipeline
 from models import TASKS, trained_model
 from test_pictures import bomb
 
@@ -55,6 +56,16 @@ def work(tmp_path: Path, bases: dict[str, Path], adapters: dict[str, Path]) -> d
     }  # fmt: skip
 
 
+@pytest.fixture
+def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a base, which takes minutes for a large one, fails the test."""
+
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr(CogVideoXPipeline, "from_pretrained", loaded)
+
+
 def generate_args(work: dict[str, str], **changes: str | None) -> list[str]:
     options: dict[str, str | None] = {
         "base": work["base"], "adapter": work["adapter"], "prompt": "a red pot", "task": "canny", "picture": work["photo.png"],
@@ -72,16 +83,13 @@ def train_args(work: dict[str, str], **changes: str | None) -> list[str]:
 
 
 def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int) -> str:
-    """Run in-process; the last line of stderr, which is the whole message."""
+    """Run in-process; the one line of stderr."""
     assert main(arguments) == status
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
-    lines = [line for line in captured.err.replace("\r", "\n").splitlines() if line.strip()]
-    # progress bars of loading aside, there is one line
-    told = [line for line in lines if line.startswith("realgeneral ")]
-    assert len(told) == 1
-    assert lines[-1] == told[0]
-    return told[0]
+    (line,) = captured.err.splitlines()
+    assert line.startswith("realgeneral ")
+    return line
 
 
 # --- the command itself --------------------------------------------------------------------------------------------------
@@ -142,6 +150,31 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) 
         (["check-data", "--num-workers", "-1"], "num_workers must not be negative, got -1"),
         (["check-data", "--columns", "picture=x", "--data", "."], "field of --columns must be one of"),
         (["check-data", "--base", "nano", "--buckets", "60x60"], "sides of buckets must be positive multiples of 8, got 60x60"),
+        (["train", "--weight-decay", "nan"], "weight_decay must be finite, got nan"),
+        (["train", "--learning-rate", "inf"], "learning_rate must be finite, got inf"),
+        (["train", "--tasks", "canny", "--task-weights", "nan"], "task_weights must be finite, got nan"),
+        (["generate", "--guidance-scale", "inf"], "guidance_scale must be finite, got inf"),
+        (["demo", "--guidance-scale", "nan"], "guidance_scale must be finite, got nan"),
+        (["evaluate", "--guidance-scale=-inf"], "guidance_scale must be finite, got -inf"),
+        (["train", "--deepspeed-config", "x.json"], "deepspeed_config has no effect without --engine deepspeed, got 'x.json'"),
+        (["train", "--init-adapter", "nano", "--lora-targets", "to_q"], "lora_targets has no effect with --init-adapter"),
+        (["train", "--sample-count", "0", "--sample-every", "5"], "sample_every has no effect with --sample-count 0, got 5"),
+        (["train", "--sample-count", "0", "--guidance-scale", "2"], "guidance_scale has no effect with --sample-count 0"),
+        (["demo", "--train-steps", "0", "--train-task", "canny"], "train_task has no effect with --train-steps 0, got 'canny'"),
+        (
+            ["generate", "--prompt", "a", "--task", "canny:low=5", "--condition", "edges.png"],
+            "task options have no effect with --condition, which is taken as it is, got 'canny:low=5'",
+        ),
+        (
+            ["generate", "--prompt", "a", "--task", "canny", "--guidance-scale", "1", "--negative-prompt", "b"],
+            "negative_prompt has no effect without guidance (guidance_scale of 1 or less), got 'b'",
+        ),
+        (["train", "--seed", str(2**70)], f"seed must be between 0 and 4294967295, got {2**70}"),
+        (["generate", "--seed", "9" * 23], f"seed must be between 0 and 4294967295, got {'9' * 23}"),
+        (["generate", "--condition-seed", "-2"], "condition_seed must be between -1 and 4294967295, got -2"),
+        (["demo", "--seed", "-1"], "seed must be between 0 and 4294967295, got -1"),
+        (["evaluate", "--seed", str(2**32)], "seed must be between 0 and 4294967295, got 4294967296"),
+        (["evaluate", "--adapter", ""], "adapter must be a folder or \"nano\", got ''"),
         (["precompute", "--variants", "0"], "variants must be at least 1, got 0"),
         (["precompute", "--shard", "2/2"], "shard must be \"i/n\" with 0 <= i < n, got '2/2'"),
     ],
@@ -178,33 +211,85 @@ def test_both_spellings_of_options(work: dict[str, str]) -> None:
         ({"picture": None, "condition": "{root}/cut.png"}, 1, "cut.png must be a complete picture file"),
         ({"condition": "{root}/photo.png"}, 2, "one of --condition and --picture must be given, got both"),
         ({"mask": "{root}/photo.png"}, 2, "--mask must come with --picture and --task inpainting"),
+        ({"condition-seed": "3"}, 2, "condition_seed has no effect without --picture and a task that draws"),
         ({"adapter": "{other}"}, 2, "adapter must be for this base, got one trained on '2b'"),
         ({"adapter": "{root}/empty"}, 1, "must hold realgeneral.safetensors, found none"),
         ({"adapter": "{root}/truncated"}, 1, "must be a complete safetensors file"),
         ({"adapter": "{root}/nothing"}, 1, "must hold realgeneral.safetensors, found none"),
-        ({"base": "{root}/nothing"}, 1, "nothing"),
-        ({"base": "{root}/empty"}, 1, "empty"),
+        ({"base": "{root}/nothing"}, 1, "base must be a checkpoint folder or a hub id that can be had, got {root}/nothing: "),
+        ({"base": "{root}/empty"}, 1, "base must be a CogVideoX checkpoint, got {root}/empty without model_index.json"),
         ({"prompt": "a cat " * 30}, 2, "prompt must have at most 12 tokens, got "),
         ({"negative_prompt": "a cat " * 30}, 2, "prompt must have at most 12 tokens, got "),
         ({"subject": "fox"}, 2, "subject must occur in the prompt 'a red pot', got 'fox'"),
         ({"base": "{newer}", "height": "336", "adapter": ""}, 2, "height must be at most 320, got 336"),
         ({"output": "{root}/out.jpg"}, 2, "output must be a .png file, got"),
         ({"output": "{root}/empty"}, 2, "output must be a .png file, got"),
-        ({"output": "{root}/photo.png/x.png"}, 1, "output must be in a folder, got"),
+        (
+            {"output": "{root}/photo.png/x.png"},
+            1,
+            "output must be in a folder that can be written, got {root}/photo.png/x.png where {root}/photo.png is a file",
+        ),
         ({"steps": "0"}, 2, "steps must be at least 1, got 0"),
-        ({"steps": "2000"}, 2, "num_inference_steps must be between 1 and 1000, got 2000"),
+        ({"steps": "2000"}, 2, "steps must be between 1 and 1000, got 2000"),
         ({"num-images": "0"}, 2, "num_images must be at least 1, got 0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
+@pytest.mark.usefixtures("_no_weights")
 def test_bad_input_of_generate(
     work: dict[str, str], capsys: pytest.CaptureFixture[str], changes: dict[str, Any], status: int, message: str
 ) -> None:
-    """Every bad input is one line with the thing's name, the right status, and no file is made."""
+    """Every bad input is one line with the thing's name and the right status, before the base is loaded; no file is made."""
     filled = {key: value if value is None else value.format(**work) for key, value in changes.items()}
     before = sorted(p for p in Path(work["root"]).rglob("*"))
-    assert message in fails(capsys, generate_args(work, **filled), status)
+    assert message.format(**work) in fails(capsys, generate_args(work, **filled), status)
     assert sorted(p for p in Path(work["root"]).rglob("*")) == before
+
+
+@pytest.mark.usefixtures("_no_weights")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--train-task", "nope"], "task must be one that the adapter was trained for, "),
+        (["demo", "--steps", "2000"], "steps must be between 1 and 1000, got 2000"),
+        (["evaluate", "--tasks", "canny", "nope"], "task must be one that the adapter was trained for, "),
+        (["evaluate", "--steps", "2000"], "steps must be between 1 and 1000, got 2000"),
+    ],
+)
+def test_wrong_options_of_demo_and_evaluate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    """Told before a model is loaded; no folder is made."""
+    assert message in fails(capsys, [*arguments, "--output", str(tmp_path / "out")], 2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("_no_weights")
+@pytest.mark.parametrize("arguments", [["demo"], ["evaluate"], ["evaluate", "--protocol", "canny", "--data", "."]])
+def test_output_that_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    """An output that is a file, or below one, is named before any work; the file stays."""
+    file = tmp_path / "file"
+    file.write_text("x")
+    for path in (file, file / "out"):
+        told = fails(capsys, [*arguments, "--output", str(path)], 1)
+        assert (
+            told
+            == f"realgeneral {arguments[0]}: output must be a folder that can be written, got {path} where {file} is a file"
+        )
+    assert file.read_text() == "x"
+
+
+@pytest.mark.parametrize(("command", "file"), [("generate", True), ("train", False), ("evaluate", False)])
+def test_output_that_is_read_only(
+    work: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, file: bool
+) -> None:
+    """A folder in which nothing can be written is named before any work."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, who may write anywhere
+    arguments = {"generate": generate_args, "train": train_args}.get(command, lambda _: [command, "--output", work["run"]])(
+        work
+    )
+    told = fails(capsys, arguments, 1)
+    assert told.endswith(f"that can be written, got {work['out' if file else 'run']} where {work['root']} is read-only")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="offload works here")
@@ -227,17 +312,29 @@ def test_offload_without_a_gpu(work: dict[str, str], capsys: pytest.CaptureFixtu
         ({"precomputed": "{root}/empty"}, 1, "precomputed must be a folder that realgeneral precompute wrote, got"),
         ({"buckets": "16x20"}, 2, "sides of buckets must be positive multiples of 16, got 16x20"),
         ({"columns": "target=x"}, 2, "columns must not be given for a folder of pictures with captions"),
-        ({"base": "{root}/nothing"}, 1, "nothing"),
+        ({"base": "{root}/nothing"}, 1, "base must be a checkpoint folder or a hub id that can be had, got {root}/nothing: "),
+        ({"base": "{root}/empty"}, 1, "base must be a CogVideoX checkpoint, got {root}/empty without model_index.json"),
+        ({"init-adapter": "{root}/empty"}, 1, "must hold realgeneral.safetensors, found none"),
+        ({"precomputed": "{root}/nothing"}, 1, "precomputed must be a folder that realgeneral precompute wrote, got"),
+        ({"lora-targets": "nonsense"}, 2, "LoRA target must name linear layers of the base"),
+        ({"sample-count": "1", "sample-steps": "5000"}, 2, "sample_steps must be between 1 and 1000, got 5000"),
+        pytest.param(
+            {"optimizer": "adamw8bit"},
+            2,
+            "--optimizer adamw8bit needs a CUDA device, found none",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device"),
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
+@pytest.mark.usefixtures("_no_weights")
 def test_bad_input_of_train(
     work: dict[str, str], capsys: pytest.CaptureFixture[str], changes: dict[str, Any], status: int, message: str
 ) -> None:
-    """The same for training: no checkpoint, adapter or log is left."""
+    """The same for training: told before the base is loaded, and no folder is made."""
     filled = {key: value if value is None else value.format(**work) for key, value in changes.items()}
-    assert message in fails(capsys, train_args(work, **filled), status)
-    assert not [p for p in Path(work["run"]).rglob("*") if p.is_file()]
+    assert message.format(**work) in fails(capsys, train_args(work, **filled), status)
+    assert not Path(work["run"]).exists()
 
 
 def test_debug_shows_the_traceback(work: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,7 +99,7 @@ def test_evaluate_writes_the_table(assets: Path, tmp_path: Path, capsys: pytest.
 def test_evaluate_needs_a_64_px_base(bases: dict[str, Path], assets: Path, tmp_path: Path) -> None:
     """A larger base is a usage error."""
     with pytest.raises(UsageError, match="base must be a 64 px model such as nano"):
-        evaluate(EvaluateConfig(adapter="", base=str(bases["1.5"]), output=str(tmp_path)))
+        evaluate(EvaluateConfig(adapter=str(assets / "adapter"), base=str(bases["1.5"]), output=str(tmp_path)))
 
 
 @pytest.mark.usefixtures("_captions_fit")
@@ -107,11 +107,16 @@ def test_evaluate_needs_a_64_px_base(bases: dict[str, Path], assets: Path, tmp_p
 def test_demo(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_steps: int) -> None:
     """The demo leaves its pictures, a metrics.json with the losses of a real training, and says where they are."""
     monkeypatch.setattr(pipeline_module, "NANO_ASSETS", assets)
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "mine.txt").write_text("a user's own")
     config = DemoConfig(output=str(tmp_path), concepts=2, steps=1, train_steps=train_steps, train_task="colouring")
     demo(config)
     made = {p.name for p in tmp_path.iterdir() if p.is_file()}
     wanted = {"grid.png", "metrics.json"} | ({"loss.png", "before_after.png"} if train_steps else set())
     assert made == wanted
+    # the user's folder is as it was, and the demo's own training is gone
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["training"]
+    assert (tmp_path / "training" / "mine.txt").read_text() == "a user's own"
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert set(metrics["generation"]) == set(SPECS)
     assert ("training" in metrics) == bool(train_steps)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from realgeneral import RealGeneralPipeline
 from realgeneral.adapter import adapter_info, save_adapter
-from realgeneral.config import GenerateConfig
+from realgeneral.config import DemoConfig, EvaluateConfig, GenerateConfig
 from realgeneral.generate import derive_condition, generate
 from realgeneral.pictures import fit_picture, load_picture
 from realgeneral.tasks import get_task
@@ -52,11 +52,22 @@ def test_metadata_holds_the_settings(settings: dict[str, Any]) -> None:
         told = json.loads(image.text["realgeneral"])
     assert told["version"]
     assert {key: told[key] for key in settings} == settings
-    assert told["seed"] == 7
+    assert (told["seed"], told["guidance_scale"]) == (7, 6.0)
     told.pop("version")
     before = path.read_bytes()
     generate(GenerateConfig(**told))
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(("base", "fitting"), [("nano", (10, 1.5)), ("THUDM/CogVideoX-5b", (50, 6.0))])
+def test_sampler_that_fits_the_base(base: str, fitting: tuple[int, float]) -> None:
+    """Steps and guidance that are not given are nano's own for nano, as in its demo and its table; what is given stays."""
+    common: dict[str, Any] = {"prompt": "a", "task": "canny", "base": base}
+    made = GenerateConfig(**common)
+    assert (made.steps, made.guidance_scale) == fitting
+    assert {(c.steps, c.guidance_scale) for c in (DemoConfig(), EvaluateConfig())} == {(10, 1.5)}
+    given = GenerateConfig(**common, steps=7, guidance_scale=0.0)
+    assert (given.steps, given.guidance_scale) == (7, 0.0)
 
 
 def test_several_images(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""What can be told before weights are loaded: from settings, data, an adapter's metadata and a base's configuration files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import CogVideoXDDIMScheduler
+
+from realgeneral.adapter import check_fits, check_targets, read_adapter_info
+from realgeneral.arguments import check_steps
+from realgeneral.bases import base_folder, load_for_data
+from realgeneral.config import TrainConfig
+from realgeneral.errors import Failure, UsageError
+from realgeneral.kernels import check_kernels
+from realgeneral.loading import encoder_dtype, run_buckets, run_tasks
+from realgeneral.optimizers import check_optimizer
+from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.store import check_settings, read_settings
+from realgeneral.tasks import get_task
+
+
+def open_base(base: str) -> RealGeneralPipeline:
+    """A base without weights: its tokenizer, sizes, text window and schedule; Failure unless all parts are there."""
+    folder = base_folder(base, ("tokenizer",))
+    for part in ("model_index.json", "scheduler", "text_encoder"):
+        if not (folder / part).exists():
+            raise Failure(f"base must be a CogVideoX checkpoint, got {folder} without {part}")
+    pipe = load_for_data(base)
+    pipe.scheduler = CogVideoXDDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    return pipe
+
+
+def check_output(path: str, file: bool = False) -> None:
+    """Failure unless `path` is a folder that can be written or made, or a file in one; makes nothing."""
+    place = Path(path).absolute()
+    above = next(p for p in (place, *place.parents)[file:] if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        must = "be in a folder" if file else "be a folder"
+        found = "is read-only" if above.is_dir() else "is a file"
+        raise Failure(f"output must {must} that can be written, got {path} where {above} {found}")
+
+
+def tasks_to_train(config: TrainConfig) -> list[str]:
+    """The tasks of a run; UsageError if they, the rank or the alpha are not those of `init_adapter`."""
+    if not config.init_adapter:
+        return run_tasks(config.tasks, config.data)
+    info = read_adapter_info(resolve_adapter(config.init_adapter))
+    if (info.rank, info.alpha) != (config.rank, config.alpha or config.rank):
+        raise UsageError(
+            f"rank and alpha must be those of the adapter to start from, {info.rank} and {info.alpha:g}, "
+            f"got {config.rank} and {config.alpha or config.rank:g}"
+        )
+    tasks = run_tasks(config.tasks, config.data) if config.tasks else list(info.tasks)
+    if tuple(get_task(spec).name for spec in tasks) != info.task_names:
+        raise UsageError(f"tasks must be those of the adapter to start from, {list(info.task_names)}, got {tasks}")
+    return tasks
+
+
+def check_training(config: TrainConfig, device: torch.device) -> None:
+    """What a training run would meet after its base is loaded: on a large one that takes minutes.
+
+    Raises:
+        UsageError: A setting does not fit the base, the adapter to start from, or this machine.
+        Failure: The base, the adapter or the store is not one.
+    """
+    check_kernels(config.fused_kernels, device)
+    check_optimizer(config, device)
+    base = open_base(config.base)
+    if config.init_adapter:
+        check_fits(base.transformer, read_adapter_info(resolve_adapter(config.init_adapter)), config.preset)
+    else:
+        check_targets(base.transformer, config.lora_targets)
+    tasks_to_train(config)
+    run_buckets(config, base)
+    if config.sample_count:
+        check_steps("sample_steps", config.sample_steps, base.scheduler)
+    if config.precomputed:
+        folder = Path(config.precomputed)
+        settings = read_settings(folder)
+        window = base.transformer.config.max_text_seq_length
+        # the encoders' fingerprints take a reading of all their weights, and come later
+        check_settings(folder, settings, replace(settings, dtype=encoder_dtype(config.mixed_precision), window=window))
