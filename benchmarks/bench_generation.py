@@ -22,6 +22,7 @@ from diffusers import CogVideoXDDIMScheduler
 from benchmarks.common import Case, Run, measure, usable
 from benchmarks.models import Inputs, Provider, block_flops, build_model, model_flops, model_inputs, providers
 from benchmarks.shapes import MODELS, Shape
+from realgeneral.guidance import Guidance
 from realgeneral.layout import get_preset, joint_layout, sublayout
 from realgeneral.pipeline import RealGeneralPipeline
 
@@ -61,7 +62,10 @@ def generation_run(provider: Provider, pipe: RealGeneralPipeline, inputs: Inputs
     def run() -> Tensor:
         with provider.applied(model), torch.no_grad():
             cache = model.encode_condition(**conditions) if cached else None
-            return pipe._denoise_loop(inputs.target, inputs.text, {} if cached else conditions, cache, steps, None, None, ())
+            guidance = Guidance(GUIDANCE)
+            return pipe._denoise_loop(
+                inputs.target, inputs.text, guidance, {} if cached else conditions, cache, steps, 1, None, None, ()
+            )
 
     return run
 

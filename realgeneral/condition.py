@@ -101,6 +101,23 @@ class ConditionCache:
         return ConditionCache([KeyValue(moved(k), moved(v)) for k, v in self.blocks], self.frames, self.grid)
 
     @classmethod
+    def stack(cls, caches: Sequence[ConditionCache], batch: int) -> ConditionCache:
+        """Caches after each other along the batch, each of 1 or `batch` samples, as the passes of a guided step take them.
+
+        Raises:
+            ValueError: Sizes or frame positions differ.
+        """
+        if len({(cache.grid, cache.frames) for cache in caches}) != 1:
+            raise ValueError(
+                f"condition caches must be of one size and position, got {[(cache.grid, cache.frames) for cache in caches]}"
+            )
+        blocks = [
+            KeyValue(*(torch.cat([x.expand(batch, -1, -1, -1) for x in parts]) for parts in zip(*pairs, strict=True)))
+            for pairs in zip(*(cache.blocks for cache in caches), strict=True)
+        ]
+        return cls(blocks, caches[0].frames, caches[0].grid)
+
+    @classmethod
     def join(cls, caches: Sequence[ConditionCache]) -> ConditionCache:
         """Several images cached each on its own as the conditions of one call: exact, since they do not see each other.
 

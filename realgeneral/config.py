@@ -16,16 +16,29 @@ def _opt(help: str, default: Any = None, *, many: tuple[str, ...] | None = None,
     return field(default=default, metadata={"help": help, **argparse})
 
 
-# denoising steps and guidance: chosen for nano on concepts that it was trained on, and CogVideoX's own
-NANO_STEPS, NANO_GUIDANCE = 10, 1.5
-STEPS, GUIDANCE = 50, 6.0
+# denoising steps and guidance, for nano one scale on prompt and condition: chosen on concepts that it was trained on
+NANO_STEPS, NANO_GUIDANCE, NANO_TASK_GUIDANCE = 10, 1.5, {"customization": 3.0}
+# CogVideoX's own, which has no guidance on a condition
+STEPS, GUIDANCE, IMAGE_GUIDANCE = 50, 6.0, 1.0
+NANO_GUIDANCE_HELP = f"if not given {NANO_GUIDANCE}, for customization {NANO_TASK_GUIDANCE['customization']}, which fits nano"
 # NumPy's largest; a seed's products with sample and epoch numbers then fit in PyTorch's 64 bits
 MAX_SEED = 2**32 - 1
 
 
+def nano_guidance(task: str) -> float:
+    """The scale of guidance, on prompt and condition alike, that fits nano."""
+    return NANO_TASK_GUIDANCE.get(task.partition(":")[0], NANO_GUIDANCE)
+
+
+def guidance(config: Any, task: str) -> tuple[float, float]:
+    """The scales on prompt and condition for a task: those that are given, else what fits nano."""
+    text, image = (nano_guidance(task) if x is None else x for x in (config.guidance_scale, config.image_guidance_scale))
+    return text, image
+
+
 def _check_at_least_one(config: Any, *names: str) -> None:
     for name in names:
-        if getattr(config, name) < 1:
+        if getattr(config, name) is not None and getattr(config, name) < 1:
             raise UsageError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
@@ -234,8 +247,9 @@ class GenerateConfig(Settings):
     height: int = _opt("pixels; 0 = the base's own size", 0)
     width: int = _opt("pixels; 0 = the base's own size", 0)
     steps: int | None = _opt(f"denoising steps; if not given {NANO_STEPS} for nano, {STEPS} for other bases")
-    guidance_scale: float | None = _opt(
-        f"classifier-free guidance; if not given {NANO_GUIDANCE} for nano, {GUIDANCE} for other bases"
+    guidance_scale: float | None = _opt(f"classifier-free guidance; {NANO_GUIDANCE_HELP}; {GUIDANCE} for other bases")
+    image_guidance_scale: float | None = _opt(
+        f"guidance on the condition, 1 = none; {NANO_GUIDANCE_HELP}; {IMAGE_GUIDANCE} for other bases"
     )
     num_images: int = _opt("images to make; image i has seed + i", 1)
     seed: int = _opt("random seed", 0)
@@ -250,15 +264,17 @@ class GenerateConfig(Settings):
         for name in ("prompt", "task"):
             if not getattr(self, name):
                 raise UsageError(f"--{name} must be given, got none")
-        fitting = (NANO_STEPS, NANO_GUIDANCE) if self.base == "nano" else (STEPS, GUIDANCE)
-        for name, value in zip(("steps", "guidance_scale"), fitting, strict=True):
+        nano = (NANO_STEPS, nano_guidance(self.task), nano_guidance(self.task))
+        fitting = nano if self.base == "nano" else (STEPS, GUIDANCE, IMAGE_GUIDANCE)
+        for name, value in zip(("steps", "guidance_scale", "image_guidance_scale"), fitting, strict=True):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        _check_at_least_one(self, "steps", "num_images")
+        _check_at_least_one(self, "steps", "num_images", "image_guidance_scale")
         if self.condition and ":" in self.task:
             raise UsageError(f"task options have no effect with --condition, which is taken as it is, got {self.task!r}")
         assert self.guidance_scale is not None
-        if self.guidance_scale <= 1:
+        assert self.image_guidance_scale is not None
+        if self.guidance_scale <= 1 and self.image_guidance_scale == 1:
             _refuse_unused(self, "without guidance (guidance_scale of 1 or less)", "negative_prompt")
 
 
@@ -271,14 +287,15 @@ class DemoConfig(Settings):
     steps: int = _opt("denoising steps", NANO_STEPS)
     train_steps: int = _opt("optimizer steps of the short training; 0 = none", 120)
     train_task: str = _opt("task of the short training", "colouring")
-    guidance_scale: float = _opt("classifier-free guidance", NANO_GUIDANCE)
+    guidance_scale: float | None = _opt(f"classifier-free guidance; {NANO_GUIDANCE_HELP}")
+    image_guidance_scale: float | None = _opt(f"guidance on the condition, 1 = none; {NANO_GUIDANCE_HELP}")
     seed: int = _opt("random seed", 0)
     fused_kernels: bool = _opt("run the model on the Triton kernels of rgkernels", False)
     debug: bool = _opt("show the traceback of an error", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_at_least_one(self, "concepts", "steps")
+        _check_at_least_one(self, "concepts", "steps", "image_guidance_scale")
         if self.train_steps < 0:
             raise UsageError(f"train_steps must not be negative, got {self.train_steps}")
         if not self.train_steps:
@@ -323,7 +340,8 @@ class EvaluateConfig(Settings):
     height: int = _opt("pixels of a protocol's pictures; 0 = the base's own size", 0)
     width: int = _opt("pixels; 0 = the base's own size", 0)
     steps: int = _opt("denoising steps; the default fits nano", NANO_STEPS)
-    guidance_scale: float = _opt("classifier-free guidance; the default fits nano", NANO_GUIDANCE)
+    guidance_scale: float | None = _opt(f"classifier-free guidance; {NANO_GUIDANCE_HELP}")
+    image_guidance_scale: float | None = _opt(f"guidance on the condition, 1 = none; {NANO_GUIDANCE_HELP}")
     batch_size: int = _opt("images at once", 25)
     dtype: Literal["float32", "bfloat16", "float16"] = _opt("dtype of the models of a protocol", "float32")
     offload: bool = _opt("keep on the GPU only the model that runs (protocols)", False)
@@ -334,7 +352,7 @@ class EvaluateConfig(Settings):
         super().__post_init__()
         if not self.adapter:
             raise UsageError(f'adapter must be a folder or "nano", got {self.adapter!r}')
-        _check_at_least_one(self, "concepts", "steps", "batch_size", "images_per_prompt")
+        _check_at_least_one(self, "concepts", "steps", "batch_size", "images_per_prompt", "image_guidance_scale")
         if self.limit < 0:
             raise UsageError(f"limit must not be negative, got {self.limit}")
         for item in fields(self):

@@ -160,7 +160,8 @@ class _Sampling:
 
     def __init__(self, config: DemoConfig) -> None:
         self.batch_size, self.steps = config.concepts, config.steps
-        self.guidance_scale, self.seed = config.guidance_scale, config.seed
+        self.guidance_scale, self.image_guidance_scale = config.guidance_scale, config.image_guidance_scale
+        self.seed = config.seed
 
 
 def _triple(pairs: NanoPairs, images: Tensor, i: int) -> list[Image.Image]:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from realgeneral.adapter import AdapterInfo, check_fits, library_versions, read_adapter_info
 from realgeneral.arguments import check_steps
-from realgeneral.config import EvaluateConfig
+from realgeneral.config import EvaluateConfig, guidance
 from realgeneral.data import PairDataset, Sample
 from realgeneral.errors import UsageError
 from realgeneral.metrics import edge_f1, psnr, retrieval_hits, ssim
@@ -68,6 +68,7 @@ def nano_pairs(spec: str, count: int, size: tuple[int, int], seed: int, split: s
 def generate_all(pipe: RealGeneralPipeline, pairs: NanoPairs, config: Any, progress: str = "") -> Tensor:
     """Generate every pair in batches, [B, 3, H, W] in [0, 1]; noise depends on the sample, not on its batch."""
     results = []
+    text, image = guidance(config, pairs.samples[0].task)
     for start in tqdm(range(0, len(pairs.samples), config.batch_size), desc=progress, disable=not progress):
         part = pairs.samples[start : start + config.batch_size]
         results.append(
@@ -77,7 +78,8 @@ def generate_all(pipe: RealGeneralPipeline, pairs: NanoPairs, config: Any, progr
                 task=part[0].task,
                 subject=[s.subject for s in part],
                 num_inference_steps=config.steps,
-                guidance_scale=config.guidance_scale,
+                guidance_scale=text,
+                image_guidance_scale=image,
                 generator=[torch.Generator().manual_seed(config.seed * 100_003 + start + i) for i in range(len(part))],
                 output_type="pt",
             ).images

@@ -32,8 +32,9 @@ def generate(config: GenerateConfig) -> list[Path]:
         Failure: A file cannot be read.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    assert config.steps is not None  # GenerateConfig has filled both in
+    assert config.steps is not None  # GenerateConfig has filled them in
     assert config.guidance_scale is not None
+    assert config.image_guidance_scale is not None
     (prompt, negative), conditions, (height, width) = prepare(config, device)
     dtype = getattr(torch, config.dtype)
     pipe = RealGeneralPipeline.from_pretrained(config.base, adapter=config.adapter or None, dtype=dtype)
@@ -53,6 +54,7 @@ def generate(config: GenerateConfig) -> list[Path]:
         width=width,
         num_inference_steps=config.steps,
         guidance_scale=config.guidance_scale,
+        image_guidance_scale=config.image_guidance_scale,
         num_images_per_prompt=config.num_images,
         generator=[torch.Generator().manual_seed(config.seed + i) for i in range(config.num_images)],
     ).images

@@ -30,6 +30,7 @@ from realgeneral.arguments import (
 from realgeneral.condition import ConditionCache
 from realgeneral.embedding import pool_subject, subject_span_mask
 from realgeneral.errors import UsageError
+from realgeneral.guidance import Guidance
 from realgeneral.layout import NEWER_SIDES, get_preset
 from realgeneral.pictures import fit_picture, to_pixels
 from realgeneral.transformer import RealGeneralTransformer3DModel
@@ -125,6 +126,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
         width: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 6.0,
+        image_guidance_scale: float = 1.0,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -150,6 +152,8 @@ class RealGeneralPipeline(CogVideoXPipeline):
             width: As `height`.
             num_inference_steps: Denoising steps.
             guidance_scale: Classifier-free guidance on the prompt; 1 or less turns it off.
+            image_guidance_scale: Guidance on the condition images (`realgeneral.guidance.Guidance`); 1 turns it off. Equal to
+                `guidance_scale` it costs no more than guidance on the prompt alone, else a third pass per step.
             num_images_per_prompt: Images per prompt.
             generator: Random state, one for all or one per image.
             latents: Initial noise, [images, F, C, h, w].
@@ -179,15 +183,16 @@ class RealGeneralPipeline(CogVideoXPipeline):
         if condition is not None and condition_cache is not None:
             raise UsageError("condition and condition_cache must not both be given, got both")
         conditions = condition_lists(condition, len(prompts)) if condition_cache is None else None
+        guidance = Guidance(guidance_scale, image_guidance_scale)
         self._guidance_scale, self._interrupt, self._attention_kwargs = guidance_scale, False, attention_kwargs
-        device, guided = self._execution_device, guidance_scale > 1.0
+        device = self._execution_device
         window = max_sequence_length or self.transformer.config.max_text_seq_length
         self._check_prompts([*prompts, *(negatives or [])], window)
 
         text, negative = self.encode_prompt(
             prompts,
             negatives,
-            guided,
+            not all(guidance.prompts),
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             max_sequence_length=window,
@@ -195,20 +200,23 @@ class RealGeneralPipeline(CogVideoXPipeline):
         )
         text = text.to(self.transformer.dtype)
         subject_embeds = self._subject_embeds(prompts, subject, text, window)
-        inputs, cache = self._condition_inputs(conditions, condition_cache, len(prompts), task, subject_embeds, (height, width))
+        inputs, cache = self._condition_inputs(
+            conditions, condition_cache, len(prompts), task, subject_embeds, (height, width), guidance.conditions
+        )
         images = len(prompts) * num_images_per_prompt
         latents = self._initial_latents(images, height, width, text.dtype, device, generator, latents)
-        # samples run prompt-minor, so that tensors of B prompts and of B conditions tile
+        # samples run image-major, then pass, then prompt, so that tensors of the passes' prompts and conditions tile
         order = torch.arange(images).view(len(prompts), num_images_per_prompt).T.flatten()
-        text = text.repeat(num_images_per_prompt, 1, 1)
-        if guided:
-            text = torch.cat([negative.to(text.dtype).repeat(num_images_per_prompt, 1, 1), text])
+        texts = [text if given else negative.to(text.dtype) for given in guidance.prompts]
+        text = torch.cat(texts * num_images_per_prompt)
         latents = self._denoise_loop(
             latents[order],
             text,
+            guidance,
             inputs,
             cache,
             num_inference_steps,
+            num_images_per_prompt,
             generator if not isinstance(generator, list) else [generator[i] for i in order],
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
@@ -261,15 +269,17 @@ class RealGeneralPipeline(CogVideoXPipeline):
         self,
         latents: Tensor,
         text: Tensor,
+        guidance: Guidance,
         inputs: dict[str, Any],
         cache: ConditionCache | None,
         steps: int,
+        images: int,
         generator: Any,
         callback: Callable[..., dict[str, Any]] | None,
         callback_inputs: Sequence[str],
     ) -> Tensor:
         self.scheduler.set_timesteps(steps, device=latents.device)
-        timesteps, guided, previous = self.scheduler.timesteps, text.shape[0] > latents.shape[0], None
+        timesteps, passes, previous = self.scheduler.timesteps, len(guidance.passes), None
         self._num_timesteps = len(timesteps)
         extra = self.prepare_extra_step_kwargs(generator, 0.0)
         embed = partial(self.transformer.embed, **inputs, attention_kwargs=self._attention_kwargs)
@@ -279,7 +289,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
-                model_input = torch.cat([latents] * 2) if guided else latents
+                model_input = latents.unflatten(0, (images, 1, -1)).expand(-1, passes, *[-1] * latents.ndim).flatten(0, 2)
                 prediction = self.transformer(
                     model_input,
                     embedded,
@@ -288,9 +298,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
                     attention_kwargs=self._attention_kwargs,
                     return_dict=False,
                 )[0].float()
-                if guided:
-                    unconditional, conditional = prediction.chunk(2)
-                    prediction = unconditional + self.guidance_scale * (conditional - unconditional)
+                prediction = guidance.combine(prediction.unflatten(0, (images, passes, -1)), dim=1).flatten(0, 1)
                 if isinstance(self.scheduler, CogVideoXDPMScheduler):
                     before = timesteps[i - 1] if i > 0 else None
                     latents, previous = self.scheduler.step(
@@ -318,22 +326,34 @@ class RealGeneralPipeline(CogVideoXPipeline):
         task: str,
         subject_embeds: Tensor | None,
         size: tuple[int, int],
+        given: Sequence[bool],
     ) -> tuple[dict[str, Any], ConditionCache | None]:
-        """The condition as `embed`'s arguments, or as a cache if the preset allows one."""
+        """The conditions of all passes, `given` or empty, as `embed`'s arguments, or as a cache if the preset allows one."""
+        inputs = {"task_ids": self._task_ids(task, prompts), "subject_embeds": subject_embeds}
+        encode = partial(self.transformer.encode_condition, **inputs, attention_kwargs=self._attention_kwargs)
         if cache is not None:
-            joined = cache if isinstance(cache, ConditionCache) else ConditionCache.join(cache)
-            if joined.batch not in (1, prompts):
-                raise UsageError(f"condition_cache must hold 1 sample or one per prompt ({prompts}), got {joined.batch}")
-            return {}, joined
-        assert conditions is not None
-        inputs = {
-            "condition_latents": self._condition_latents(conditions, size),
-            "task_ids": self._task_ids(task, len(conditions)),
-            "subject_embeds": subject_embeds,
-        }
-        if get_preset(self.transformer.config.preset).cacheable:
-            return {}, self.transformer.encode_condition(**inputs, attention_kwargs=self._attention_kwargs)
-        return inputs, None
+            full = cache if isinstance(cache, ConditionCache) else ConditionCache.join(cache)
+            if full.batch not in (1, prompts):
+                raise UsageError(f"condition_cache must hold 1 sample or one per prompt ({prompts}), got {full.batch}")
+        else:
+            assert conditions is not None
+            latents = self._condition_latents(conditions, size)
+            if not get_preset(self.transformer.config.preset).cacheable:
+                given = given[:1] if all(given) else given  # one for all passes
+                repeated = {name: None if x is None else torch.cat([x] * len(given)) for name, x in inputs.items()}
+                parts = [latents if g else torch.zeros_like(latents) for g in given]
+                return {"condition_latents": torch.cat(parts), **repeated}, None
+            full = encode(latents)
+        if all(given):
+            return {}, full
+        empty = encode(self._empty_latents(prompts, full.conditions, size))
+        return {}, ConditionCache.stack([full if g else empty for g in given], prompts)
+
+    def _empty_latents(self, prompts: int, conditions: int, size: tuple[int, int]) -> Tensor:
+        """What condition dropout makes of a condition."""
+        height, width = (side // self.vae_scale_factor_spatial for side in size)
+        shape = (prompts, conditions, self.transformer.config.in_channels, height, width)
+        return torch.zeros(shape, dtype=self.transformer.dtype, device=self._execution_device)
 
     def _condition_latents(self, conditions: list[list[Image.Image]], size: tuple[int, int]) -> Tensor:
         """[B, K, C, h, w]; each image is encoded by itself."""

@@ -116,7 +116,10 @@ def judge(config: TrainConfig, arguments: argparse.Namespace, adapter: str) -> V
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     height, width = pipe._size(None, None)
     # one seed for all variants: the same conditions and the same noise
-    sampling = EvaluateConfig(steps=arguments.sample_steps, guidance_scale=arguments.guidance_scale, seed=0)
+    sampling = EvaluateConfig(
+        steps=arguments.sample_steps, guidance_scale=arguments.guidance_scale,
+        image_guidance_scale=arguments.image_guidance_scale, seed=0,
+    )  # fmt: skip
     values: Values = {}
     for spec in config.tasks:
         task, pairs = get_task(spec).name, nano_pairs(spec, arguments.concepts, (width, height), seed=0)
@@ -211,7 +214,8 @@ def report(arguments: argparse.Namespace, found: dict[str, dict[int, Values]]) -
     setting = (
         f"{arguments.steps} steps of {arguments.batch_size}, rank {arguments.rank}, learning rate {arguments.learning_rate:g}, "
         f"average {arguments.ema_decay:g}; {arguments.concepts} held-out concepts, {arguments.sample_steps} denoising steps, "
-        f"guidance {arguments.guidance_scale:g}; loss over {LOSS_DRAWS} timesteps each."
+        f"guidance {arguments.guidance_scale:g}, image guidance {arguments.image_guidance_scale:g}; "
+        f"loss over {LOSS_DRAWS} timesteps each."
     )
     differences = {
         name: {
@@ -246,6 +250,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--concepts", type=int, default=100)
     parser.add_argument("--sample-steps", type=int, default=NANO_STEPS)
     parser.add_argument("--guidance-scale", type=float, default=NANO_GUIDANCE)
+    parser.add_argument("--image-guidance-scale", type=float, default=NANO_GUIDANCE)
     return parser.parse_args(argv)
 
 

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from tqdm.auto import tqdm
 
-from realgeneral.config import EvaluateConfig
+from realgeneral.config import EvaluateConfig, guidance
 from realgeneral.errors import Failure
 from realgeneral.pictures import fit_picture, load_picture, save_picture
 from realgeneral.pipeline import RealGeneralPipeline
@@ -88,6 +88,7 @@ class CaseGenerator:
     def _generate(self, cases: list[Case], pictures: list[Image.Image]) -> list[Image.Image]:
         width, height = self.size
         subjects = [case.subject for case in cases]
+        text, image = guidance(self.config, self.task.name)
         images: list[Image.Image] = self.pipe(
             [case.prompt for case in cases],
             [[self.condition(picture)] for picture in pictures],
@@ -96,7 +97,8 @@ class CaseGenerator:
             height=height,
             width=width,
             num_inference_steps=self.config.steps,
-            guidance_scale=self.config.guidance_scale,
+            guidance_scale=text,
+            image_guidance_scale=image,
             generator=[torch.Generator().manual_seed(self._seed(case)) for case in cases],
         ).images
         return images
@@ -115,7 +117,7 @@ class CaseGenerator:
             "task": self.task.spec,
             "size": list(self.size),
             "steps": self.config.steps,
-            "guidance_scale": self.config.guidance_scale,
+            "guidance": list(guidance(self.config, self.task.name)),
             "seed": self.config.seed,
             "dtype": self.config.dtype,
             "weights": weights,

@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from realgeneral.adapter import library_versions, read_adapter_info
-from realgeneral.config import EvaluateConfig
+from realgeneral.config import EvaluateConfig, guidance
 from realgeneral.embedding import cut_prompt
 from realgeneral.encoders import loading
 from realgeneral.errors import Failure, UsageError
@@ -146,9 +146,11 @@ def _write(
     values: dict[str, dict[str, list[float]]],
 ) -> None:
     output, (width, height) = Path(config.output), generator.size
+    prompt_scale, image_scale = guidance(config, generator.task.name)
     setting = (
         f"Adapter {config.adapter} on {config.base}, {config.data}, {width} x {height} px, {config.steps} steps "
-        f"({type(generator.pipe.scheduler).__name__}), guidance {config.guidance_scale:g}, seed {config.seed}."
+        f"({type(generator.pipe.scheduler).__name__}), guidance {prompt_scale:g}, "
+        f"image guidance {image_scale:g}, seed {config.seed}."
     ) + (f" {len(bad)} bad rows were skipped." if bad else "")
     text = markdown(config.protocol, results, len(cases), setting)
     write_text(output / "table.md", text)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from realgeneral import RealGeneralPipeline
 from realgeneral.adapter import adapter_info, save_adapter
-from realgeneral.config import DemoConfig, EvaluateConfig, GenerateConfig
+from realgeneral.config import DemoConfig, EvaluateConfig, GenerateConfig, guidance
 from realgeneral.generate import derive_condition, generate
 from realgeneral.pictures import fit_picture, load_picture
 from realgeneral.tasks import get_task
@@ -59,15 +59,24 @@ def test_metadata_holds_the_settings(settings: dict[str, Any]) -> None:
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize(("base", "fitting"), [("nano", (10, 1.5)), ("THUDM/CogVideoX-5b", (50, 6.0))])
-def test_sampler_that_fits_the_base(base: str, fitting: tuple[int, float]) -> None:
+@pytest.mark.parametrize(
+    ("base", "task", "fitting"),
+    [
+        ("nano", "deblurring:radius=16", (10, 1.5, 1.5)),
+        ("nano", "customization", (10, 3.0, 3.0)),
+        ("THUDM/CogVideoX-5b", "customization", (50, 6.0, 1.0)),
+    ],
+)
+def test_sampler_that_fits(base: str, task: str, fitting: tuple[int, float, float]) -> None:
     """Steps and guidance that are not given are nano's own for nano, as in its demo and its table; what is given stays."""
-    common: dict[str, Any] = {"prompt": "a", "task": "canny", "base": base}
+    common: dict[str, Any] = {"prompt": "a", "task": task, "base": base}
     made = GenerateConfig(**common)
-    assert (made.steps, made.guidance_scale) == fitting
-    assert {(c.steps, c.guidance_scale) for c in (DemoConfig(), EvaluateConfig())} == {(10, 1.5)}
-    given = GenerateConfig(**common, steps=7, guidance_scale=0.0)
-    assert (given.steps, given.guidance_scale) == (7, 0.0)
+    assert (made.steps, made.guidance_scale, made.image_guidance_scale) == fitting
+    if base == "nano":
+        assert {(c.steps, *guidance(c, task)) for c in (DemoConfig(), EvaluateConfig())} == {fitting}
+    given = GenerateConfig(**common, steps=7, guidance_scale=0.0, image_guidance_scale=2.0)
+    assert (given.steps, given.guidance_scale, given.image_guidance_scale) == (7, 0.0, 2.0)
+    assert guidance(EvaluateConfig(guidance_scale=0.0, image_guidance_scale=2.0), task) == (0.0, 2.0)
 
 
 def test_several_images(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -145,6 +145,62 @@ def test_guidance(pipe: RealGeneralPipeline, photo: Image.Image) -> None:
     assert_same(same, off)
 
 
+@pytest.mark.parametrize("preset", ["paper", "cached"])
+@pytest.mark.parametrize(
+    ("text", "image", "passes"), [(1.0, 1.0, 1), (3.0, 1.0, 2), (3.0, 3.0, 2), (1.0, 2.0, 3), (5.0, 2.0, 3)]
+)
+def test_guidance_on_prompt_and_condition(
+    base: Path,
+    open_pipeline: OpenPipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    preset: str,
+    text: float,
+    image: float,
+    passes: int,
+) -> None:
+    """One step is n- + s_c (nc - n-) + s_p (pc - nc) of calls without guidance, in as many passes as have a weight.
+
+    Two prompts with a condition each, two images of both.
+    """
+    pipe = alive(open_pipeline(base), preset)
+    pipe.scheduler = CogVideoXDDIMScheduler.from_config(pipe.scheduler.config)  # one step is linear in the prediction
+    conditions, negatives = [[make_photo(seed=1)], [make_photo(seed=2)]], ["dog", "fox"]
+    common: dict[str, Any] = {
+        "num_inference_steps": 1, "num_images_per_prompt": 2, "output_type": "latent", "guidance_scale": 1.0,
+    }  # fmt: skip
+    full, without_prompt = (call(pipe, p, conditions, generator=seeded(0, 1, 2, 3), **common) for p in (PROMPTS, negatives))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe, "_condition_latents", lambda rows, size: torch.zeros(2, 1, 4, 8, 12))
+        nothing = call(pipe, negatives, conditions, generator=seeded(0, 1, 2, 3), **common)
+    wanted = nothing + image * (without_prompt - nothing) + text * (full - without_prompt)
+
+    sizes: list[int] = []
+    pipe.transformer.proj_out.register_forward_hook(lambda m, args, out: sizes.append(len(out)))
+    common |= {"guidance_scale": text, "image_guidance_scale": image, "negative_prompt": negatives}
+    made = call(pipe, PROMPTS, conditions, generator=seeded(0, 1, 2, 3), **common)
+    assert sizes == [4 * passes]
+    assert_same(made, wanted)
+    assert image == 1 or (wanted - full).abs().max() > 1e-3
+
+
+def test_guidance_on_a_cached_condition(base: Path, open_pipeline: OpenPipeline) -> None:
+    """A condition cache, of one sample for all prompts, gives the images of direct calls under image guidance too."""
+    pipe, photo = alive(open_pipeline(base)), make_photo()
+    scales = {"guidance_scale": 4.0, "image_guidance_scale": 2.0}
+    cache = pipe.encode_condition(photo, task="canny", height=64, width=96)
+    direct = call(pipe, PROMPTS, [photo, photo], generator=seeded(0, 1), **scales)
+    assert_same(call(pipe, PROMPTS, condition_cache=cache, generator=seeded(0, 1), **scales), direct)
+    smaller = pipe.encode_condition(photo, task="canny", height=32, width=32)
+    with pytest.raises(ValueError, match="condition caches must be of one size"):
+        call(pipe, "a red pot", condition_cache=smaller, generator=seeded(0), **scales)
+
+
+def test_image_guidance_below_one(pipe: RealGeneralPipeline, photo: Image.Image) -> None:
+    """Less than no guidance is a usage error."""
+    with pytest.raises(UsageError, match=r"image_guidance_scale must be at least 1, got 0\.5"):
+        call(pipe, "a red pot", photo, image_guidance_scale=0.5)
+
+
 def test_text_features_instead_of_the_encoder(pipe: RealGeneralPipeline, photo: Image.Image) -> None:
     """With those of the prompts and of the empty ones a pipeline without text encoder makes the same images."""
     inputs: dict[str, Any] = {
