@@ -275,7 +275,7 @@ class GenerateConfig(Settings):
         assert self.guidance_scale is not None
         assert self.image_guidance_scale is not None
         if self.guidance_scale <= 1 and self.image_guidance_scale == 1:
-            _refuse_unused(self, "without guidance (guidance_scale of 1 or less)", "negative_prompt")
+            _refuse_unused(self, "without guidance (both scales of 1 or less)", "negative_prompt")
 
 
 @dataclass(frozen=True)

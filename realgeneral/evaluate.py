@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         images = {
             "adapter": generate_all(pipe, pairs, config, f"{task}, adapter"),
             "copy condition": pairs.conditions,
-            "base": generate_all(base, pairs, config, f"{task}, base"),
+            # an empty condition is something that only training with condition dropout teaches
+            "base": generate_all(base, pairs, replace(config, image_guidance_scale=1.0), f"{task}, base"),
         }
         scores = {m: {k: interval(fn(images[m])) for k, fn in measures(task, pairs).items()} for m in METHODS}
         results[task] = {"count": len(pairs.samples), "scores": scores}

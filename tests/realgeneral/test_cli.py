@@ -157,7 +157,6 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) 
         (["demo", "--guidance-scale", "nan"], "guidance_scale must be finite, got nan"),
         (["evaluate", "--guidance-scale=-inf"], "guidance_scale must be finite, got -inf"),
         (["train", "--deepspeed-config", "x.json"], "deepspeed_config has no effect without --engine deepspeed, got 'x.json'"),
-        (["train", "--init-adapter", "nano", "--lora-targets", "to_q"], "lora_targets has no effect with --init-adapter"),
         (["train", "--sample-count", "0", "--sample-every", "5"], "sample_every has no effect with --sample-count 0, got 5"),
         (["train", "--sample-count", "0", "--guidance-scale", "2"], "guidance_scale has no effect with --sample-count 0"),
         (["demo", "--train-steps", "0", "--train-task", "canny"], "train_task has no effect with --train-steps 0, got 'canny'"),
@@ -166,8 +165,8 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) 
             "task options have no effect with --condition, which is taken as it is, got 'canny:low=5'",
         ),
         (
-            ["generate", "--prompt", "a", "--task", "canny", "--guidance-scale", "1", "--negative-prompt", "b"],
-            "negative_prompt has no effect without guidance (guidance_scale of 1 or less), got 'b'",
+            "generate --prompt a --task canny --guidance-scale 1 --image-guidance-scale 1 --negative-prompt b".split(),
+            "negative_prompt has no effect without guidance (both scales of 1 or less), got 'b'",
         ),
         (["train", "--seed", str(2**70)], f"seed must be between 0 and 4294967295, got {2**70}"),
         (["generate", "--seed", "9" * 23], f"seed must be between 0 and 4294967295, got {'9' * 23}"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -104,17 +105,18 @@ def _reconstruction_psnr(pipe: RealGeneralPipeline, pictures: list[Image.Image])
 
 
 def test_adapter_beats_copying_and_the_base(pipe: RealGeneralPipeline) -> None:
-    """On held-out concepts, colouring comes closer to the truth than its condition and than the un-adapted base."""
+    """On held-out concepts, colouring comes closer to the truth than its condition and than the stock base."""
     assert set(read_adapter_info(NANO_ASSETS / "adapter").task_names) == {get_task(spec).name for spec in NANO_TASKS}
     settings = EvaluateConfig(steps=8, batch_size=8, concepts=8)
     pairs = nano_pairs("colouring", settings.concepts, (64, 64), 0)
     base = RealGeneralPipeline.from_pretrained("nano")
     base.set_progress_bar_config(disable=True)
-    base.transformer.configure_condition(["colouring"], "cached")
-    made, unadapted = (interval(psnr(generate_all(p, pairs, settings), pairs.truth))[0] for p in (pipe, base))
+    base.transformer.configure_condition(["colouring"], "open")
+    made = interval(psnr(generate_all(pipe, pairs, settings), pairs.truth))[0]
+    unadapted = interval(psnr(generate_all(base, pairs, replace(settings, image_guidance_scale=1.0)), pairs.truth))[0]
     copied = interval(psnr(pairs.conditions, pairs.truth))[0]
-    assert made > copied
-    assert made > unadapted + 3
+    assert made > copied + 1
+    assert made > unadapted + 0.5
 
 
 def test_metrics_know_identity_and_difference() -> None:
