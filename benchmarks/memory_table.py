@@ -79,9 +79,8 @@ def empty_pipeline(base: str, config: TrainConfig) -> RealGeneralPipeline:
 def main() -> None:
     """Print the table."""
     logging.set_verbosity_error()
-    columns = "base, size, rank, batch, checkpointing, optimizer, inputs, GPUs, frozen, trained, states, step, total GiB".split(
-        ", "
-    )
+    columns = ["base", "height x width", "rank", "batch", "checkpointing", "optimizer", "inputs", "GPUs"]
+    columns += ["frozen", "trained", "states", "step", "total GiB"]
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for base, (width, height), rank, batch, kind, optimizer, precomputed, processes in ROWS:
         config = TrainConfig(
@@ -90,7 +89,7 @@ def main() -> None:
         )  # fmt: skip
         b = memory_budget(empty_pipeline(base, config), config, StepShape(batch, 1, height, width), processes, not precomputed)
         parts = [b.base + b.encoders, b.trained, b.optimizer, b.step, b.total]
-        row = [base, f"{width}x{height}", rank, batch, kind, optimizer, "precomputed" if precomputed else "on the fly"]
+        row = [base, f"{height}x{width}", rank, batch, kind, optimizer, "precomputed" if precomputed else "on the fly"]
         row += [f"{processes}, fsdp2" if processes > 1 else "1", *(f"{part / GIB:.1f}" for part in parts)]
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
 

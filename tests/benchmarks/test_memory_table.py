@@ -26,7 +26,7 @@ def test_every_documented_row_is_made() -> None:
     """The rows of docs/training.md, in its order."""
     lines = [line.strip("| ").split(" | ")[:8] for line in DOCS.read_text().splitlines() if line.count("|") == 14]
     made = [
-        [base, f"{width}x{height}", str(rank), str(batch), kind, optimizer, "precomputed" if precomputed else "on the fly",
+        [base, f"{height}x{width}", str(rank), str(batch), kind, optimizer, "precomputed" if precomputed else "on the fly",
          f"{processes}, fsdp2" if processes > 1 else "1"]
         for base, (width, height), rank, batch, kind, optimizer, precomputed, processes in memory_table.ROWS
     ]  # fmt: skip
