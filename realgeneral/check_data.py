@@ -18,10 +18,11 @@ from realgeneral.bases import load_for_data
 from realgeneral.buckets import Bucketed, OneSize, Shape, Size
 from realgeneral.config import CheckDataConfig
 from realgeneral.data import PairDataset, TextCheck
-from realgeneral.errors import Failure, from_workers
+from realgeneral.errors import Failure
 from realgeneral.loading import describe, picture_size, run_buckets, run_tasks
 from realgeneral.records import Record, Source
 from realgeneral.sources import open_source
+from realgeneral.workers import from_workers
 
 LISTED = 10  # examples of each thing that a person sees; the JSON has all bad rows
 REASONS = (

@@ -21,12 +21,13 @@ from tqdm.auto import tqdm
 from realgeneral.bases import fingerprints, load_encoders, load_for_data
 from realgeneral.config import PrecomputeConfig
 from realgeneral.data import Fitted, PairDataset, Part, TextCheck, variant_seed
-from realgeneral.errors import Failure, UsageError, from_workers
+from realgeneral.errors import Failure, UsageError
 from realgeneral.loading import encoder_dtype, picture_size, run_order, run_tasks
 from realgeneral.objective import TextCache, encode_pictures
 from realgeneral.pictures import to_pixels
 from realgeneral.sources import open_source
 from realgeneral.store import Store, StoreSettings, StoreWriter
+from realgeneral.workers import from_workers
 
 
 def parse_shard(spec: str) -> tuple[int, int]:

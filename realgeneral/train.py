@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from realgeneral.buckets import Shape
 from realgeneral.config import TrainConfig
 from realgeneral.data import PairDataset, RunSampler
 from realgeneral.engine import Engine, Stop
-from realgeneral.errors import Failure, UsageError, from_workers
+from realgeneral.errors import Failure, UsageError
 from realgeneral.loading import training_dataset, training_texts
 from realgeneral.memory import MemoryBudget, StepShape, largest, memory_budget, used_bytes
 from realgeneral.models import load_models, place_models
@@ -42,6 +41,7 @@ from realgeneral.records import Source
 from realgeneral.samples import sample_grid
 from realgeneral.sources import open_source
 from realgeneral.tracking import MetricsLog, StepRecord, check_tracker
+from realgeneral.workers import leave_signals, loaded
 
 
 @dataclass
@@ -150,9 +150,9 @@ def open_data(config: TrainConfig, engine: Engine, dataset: PairDataset, start: 
         sampler=sampler,
         num_workers=config.num_workers,
         collate_fn=collate,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=leave_signals,
     )
-    return _batches(loader)
+    return loaded(loader)
 
 
 def plan_memory(
@@ -293,18 +293,6 @@ def finish(run: Run) -> dict[str, Any]:
     summary = run.log.summary(run.config.steps, folder)
     engine.close()
     return summary
-
-
-def _batches(loader: DataLoader[Any]) -> Iterator[Batch]:
-    with from_workers():
-        yield from loader
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    # launchers and terminals signal the whole process group, and the trainer needs its workers for the step that runs; they end
-    # with it, or within seconds of its death
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

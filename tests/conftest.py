@@ -7,6 +7,7 @@ CUDA in bfloat16 too, which the interpreter cannot do.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 from collections.abc import Callable
@@ -48,6 +49,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     callspec = getattr(item, "callspec", None)
     if callspec is not None and callspec.params.get("device") == "cpu" and not INTERPRETING:
         pytest.skip("CPU kernels need TRITON_INTERPRET=1")
+
+
+def pytest_unconfigure() -> None:
+    # a process or thread that outlives the tests would hold this one for ever: show what waits, and fail
+    faulthandler.dump_traceback_later(120, exit=True, file=sys.__stderr__)
 
 
 @pytest.fixture(autouse=True)
