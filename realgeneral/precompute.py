@@ -41,11 +41,11 @@ def parse_shard(spec: str) -> tuple[int, int]:
 
 @dataclass
 class RowWork:
-    """What a row needs: pixels by key, keys of pictures that cannot be made with the reason, its prompt; or why it is bad."""
+    """What a row needs: pixels by key, keys of pictures that cannot be made with the reason, its prompts; or why it is bad."""
 
     pixels: dict[str, Tensor] = field(default_factory=dict)
     bad: dict[str, str] = field(default_factory=dict)
-    prompt: str | None = None
+    prompts: set[str] = field(default_factory=set)
     problem: str | None = None
     known: list[str] = field(default_factory=list)
 
@@ -91,10 +91,9 @@ class RowsToEncode(Dataset[RowWork]):
             record = source.record(index, seed)
             if variant == 0 or source.seeded:
                 target = Fitted(record.target, size)  # decoded once for all that is made of it
-            if variant == 0:
                 if self.pairs.check is not None:
                     record = self.pairs.check(record)
-                work.prompt = record.prompt
+                work.prompts.add(record.prompt)
             for task, weight in self.pairs.choices(record):
                 if weight and (variant == 0 or task.seeded or source.seeded):
                     yield from self.pairs.parts(record, task, target, seed)
@@ -169,8 +168,8 @@ class _Encoder:
     @torch.no_grad()
     def row(self, row: RowWork) -> None:
         self.used.update(row.known, row.pixels)
-        if row.prompt is not None:
-            self.text(row.prompt)
+        for prompt in sorted(row.prompts):
+            self.text(prompt)
         for key, pixels in row.pixels.items():
             if key not in self.writer:  # another row may have the same picture
                 self.writer.add(key, encode_pictures(self.pipe.vae, pixels[None].to(self.device))[0])

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import replace
 
 from PIL import Image, ImageOps
 
 from realgeneral.nano.emoji import PARQUET, Concept, caption, load_emoji
+from realgeneral.nano.latents import RECOLOURINGS
 from realgeneral.records import BaseSource, Picture, Record, file_stamp
 
 # the black-icon style is left to the base: as a target it is nearly its own edge map
 TARGET_STYLES = ("flat", "3d", "noto")
+# Shares: rows that are named "emoji" alone, and of those the ones in other colours. What has a name is drawn from memory, and a
+# thing that was never seen then comes out as another thing.
+UNNAMED, RECOLOURED = 0.5, 0.5
 NANO_TASKS = ("customization", "canny", "inpainting", "colouring", "deblurring:radius=16.0", "image-to-sketch")
 
 
@@ -19,7 +25,7 @@ class NanoSource(BaseSource):
 
     Args:
         split: "train" or "held_out".
-        augment: Mirror, shift and scale pictures at random; the reference gets the same transform.
+        augment: Mirror, rotate, shift, scale and recolour pictures at random, the reference alike; leave names out.
     """
 
     seeded = True  # the reference's style, and the transform
@@ -41,14 +47,14 @@ class NanoSource(BaseSource):
         concept, style = self._find(index)
         rng = random.Random(seed)
         other = rng.choice([s for s in TARGET_STYLES if s != style])
-        target, reference = concept.image(style), concept.image(other)
+        pictures, shown = [concept.image(style), concept.image(other)], concept
         if self.augment:
-            state = rng.getstate()
-            target = _transformed(target, rng)
-            rng.setstate(state)
-            reference = _transformed(reference, rng)
-        text = caption(concept, style)
-        return Record(text, Picture(target), text, subject=concept.name, reference=Picture(reference))
+            pictures = _moved(pictures, rng)
+            if rng.random() < UNNAMED:
+                shown = replace(concept, name="emoji")
+                pictures = _recoloured(pictures, rng) if rng.random() < RECOLOURED else pictures
+        target, reference = map(Picture, pictures)
+        return Record(caption(concept, style), target, caption(shown, style), subject=shown.name, reference=reference)
 
     def stamp(self) -> str:
         """Of the packaged file, and the split."""
@@ -59,14 +65,22 @@ class NanoSource(BaseSource):
         return self.concepts[concept], TARGET_STYLES[style]
 
 
-def _transformed(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """Mirror with probability 1/2; shift and scale with probability 1/2, on white."""
+def _moved(pictures: list[Image.Image], rng: random.Random) -> list[Image.Image]:
+    """Mirror with probability 1/2; rotate, shift and scale with probability 1/2, on white; all pictures alike."""
     mirrored, moved = rng.random() < 0.5, rng.random() < 0.5
-    scale, dx, dy = rng.uniform(0.75, 1.05), rng.uniform(-5, 5), rng.uniform(-5, 5)
+    scale, dx, dy = rng.uniform(0.65, 1.05), rng.uniform(-5, 5), rng.uniform(-5, 5)
+    angle = math.radians(rng.uniform(-20, 20))
     if mirrored:
-        picture = ImageOps.mirror(picture)
+        pictures = [ImageOps.mirror(picture) for picture in pictures]
     if not moved:
-        return picture
-    centre = picture.width / 2
-    matrix = (1 / scale, 0, centre - (centre + dx) / scale, 0, 1 / scale, centre - (centre + dy) / scale)
-    return picture.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor="white")
+        return pictures
+    centre = pictures[0].width / 2
+    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+    x, y = centre + dx, centre + dy  # where the centre goes
+    matrix = (cos, sin, centre - cos * x - sin * y, -sin, cos, centre + sin * x - cos * y)
+    return [p.transform(p.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor="white") for p in pictures]
+
+
+def _recoloured(pictures: list[Image.Image], rng: random.Random) -> list[Image.Image]:
+    channels = rng.choice(RECOLOURINGS)
+    return [Image.merge("RGB", [picture.getchannel(c) for c in channels]) for picture in pictures]

@@ -554,14 +554,18 @@ def test_nano_splits_share_no_concept() -> None:
 
 
 def test_nano_rows() -> None:
-    """A row's reference is the same concept in another style; its subject occurs in its caption; held-out rows are fixed."""
+    """A row's reference is the same concept in another style; half of the captions name it; held-out rows are fixed."""
     source = open_source("nano")
     row = source.row(5, 1)
     assert row.reference is not None
     assert row.reference.size == row.target.size == (64, 64)
     assert row.subject is not None
     assert row.subject in row.prompt
-    assert source.row_name(5) == row.prompt
+    style = source.row_name(5).rpartition(", ")[2]
+    rows = [source.row(5, seed) for seed in range(100)]
+    assert {r.prompt for r in rows} == {source.row_name(5), f"emoji, {style}"}
+    assert all(r.subject == r.prompt.rpartition(", ")[0] for r in rows)
+    assert 30 < sum(r.subject == "emoji" for r in rows) < 70
     held_out = NanoSource("held_out", augment=False)
     assert held_out.row(3, 1).target.tobytes() == held_out.row(3, 2).target.tobytes()
     data = PairDataset(source, NANO_TASKS, [], (64, 64), 0, strict=True)

@@ -19,7 +19,7 @@ from realgeneral.data import PairDataset
 from realgeneral.demo import demo
 from realgeneral.evaluate import evaluate, generate_all, interval, markdown, measures, nano_pairs
 from realgeneral.metrics import edge_f1, psnr, retrieval_hits, ssim
-from realgeneral.nano.emoji import PARQUET, STYLES, caption, load_emoji
+from realgeneral.nano.emoji import PARQUET, STYLES, Concept, caption, load_emoji
 from realgeneral.nano.pairs import NANO_TASKS, TARGET_STYLES, NanoSource
 from realgeneral.pictures import to_pixels
 from realgeneral.pipeline import NANO_ASSETS
@@ -73,6 +73,19 @@ def test_source_is_deterministic_and_paired() -> None:
     assert any(np.array_equal(np.asarray(plain.reference), r) for r in references)
     dataset = PairDataset(source, NANO_TASKS, [], (64, 64), seed=0, strict=True)
     assert {dataset[n].task for n in range(60)} == {get_task(spec).name for spec in NANO_TASKS}
+
+
+def test_target_and_reference_are_augmented_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reference that is the target's own picture stays its equal: mirrored, rotated, moved and recoloured the same way."""
+    monkeypatch.setattr(Concept, "image", lambda self, style, image=Concept.image: image(self, "flat"))
+    source, plain = NanoSource("train"), NanoSource("train", augment=False)
+    changed = []
+    for seed in range(40):
+        row = source.row(6, seed)
+        assert row.reference is not None
+        assert np.array_equal(np.asarray(row.target), np.asarray(row.reference))
+        changed.append(not np.array_equal(np.asarray(row.target), np.asarray(plain.row(6, seed).target)))
+    assert 20 < sum(changed) < 40
 
 
 def test_base_is_a_stock_checkpoint() -> None:
