@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal
 
 from realgeneral.adapter import LORA_TARGETS
@@ -42,11 +42,16 @@ def _check_at_least_one(config: Any, *names: str) -> None:
             raise UsageError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
+def _given(config: Any, item: Field[Any]) -> bool:
+    """Whether a setting is not its default."""
+    default = item.default if item.default_factory is MISSING else item.default_factory()
+    return bool(getattr(config, item.name) != default)
+
+
 def _refuse_unused(config: Any, where: str, *names: str) -> None:
     """UsageError if a setting that does nothing `where` it is given is not its default."""
     for item in fields(config):
-        default = item.default if item.default_factory is MISSING else item.default_factory()
-        if item.name in names and getattr(config, item.name) != default:
+        if item.name in names and _given(config, item):
             raise UsageError(f"{item.name} has no effect {where}, got {getattr(config, item.name)!r}")
 
 
@@ -357,8 +362,7 @@ class EvaluateConfig(Settings):
             raise UsageError(f"limit must not be negative, got {self.limit}")
         for item in fields(self):
             protocols = ONLY_FOR.get(item.name, (self.protocol,))
-            unset = item.default_factory() if item.default_factory is not MISSING else item.default
-            if self.protocol not in protocols and getattr(self, item.name) != unset:
+            if self.protocol not in protocols and _given(self, item):
                 option = f"--{item.name.replace('_', '-')}"
                 raise UsageError(f"{option} must come with --protocol {' or '.join(protocols)}, got --protocol {self.protocol}")
 

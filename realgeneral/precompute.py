@@ -119,12 +119,12 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
         Failure: Data or store cannot be read or written, or `strict` and a row is bad.
     """
     part, count = parse_shard(config.shard)
+    tasks = run_tasks(config.tasks, config.data)
     source = open_source(config.data, config.columns)
     pipe = load_for_data(config.base)
     window = pipe.transformer.config.max_text_seq_length
     order = run_order(config, pipe, source, batch_size=1, seed=0)
     check = TextCheck(pipe.tokenizer, window, config.truncate_prompts)
-    tasks = run_tasks(config.tasks, config.data)
     pairs = PairDataset(source, tasks, [], picture_size(config, pipe), 0, True, check, order=order)
     settings = StoreSettings(*fingerprints(config.base), encoder_dtype(config.mixed_precision), window, config.variants)
     writer = StoreWriter(Path(config.output), settings, f"{part:03d}-of-{count:03d}", config.shard_megabytes * 2**20)

@@ -6,6 +6,7 @@ Adding a task is one small frozen dataclass with a `name` under `@register`; its
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, fields
 from functools import cache
@@ -63,7 +64,7 @@ def get_task(spec: str) -> Task:
     """Build a task from "name" or "name:option=value,...".
 
     Raises:
-        ValueError: Unknown task or option, or a value of the wrong type.
+        ValueError: Unknown task or option, or a value of the wrong type or out of range.
     """
     name, _, rest = spec.partition(":")
     if name not in TASKS:
@@ -204,6 +205,10 @@ class Deblurring(Task):
     derives = True
     seeded = False
     radius: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.radius < math.inf:
+            raise ValueError(f"radius of task 'deblurring' must be a number of pixels from 0, got {self.radius}")
 
     def condition(self, picture: Image.Image, seed: int) -> Image.Image:
         """Gaussian blur."""
