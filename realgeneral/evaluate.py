@@ -114,6 +114,18 @@ def interval(values: Tensor) -> tuple[float, float]:
     return values.mean().item(), half
 
 
+def scores(values: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    """By method and metric: "scores", `interval` of the values; "differences" of the adapter from each other method, paired by
+    concept; the "values" themselves.
+    """
+    adapter, *others = METHODS
+    return {
+        "scores": {m: {k: interval(x) for k, x in metrics.items()} for m, metrics in values.items()},
+        "differences": {m: {k: interval(values[adapter][k] - x) for k, x in values[m].items()} for m in others},
+        "values": {m: {k: x.tolist() for k, x in metrics.items()} for m, metrics in values.items()},
+    }
+
+
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Run a protocol; for nano the comparison by task: `table.md`, `results.json` and one grid per task.
 
@@ -145,8 +157,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             # an empty condition is something that only training with condition dropout teaches
             "base": generate_all(base, pairs, replace(config, image_guidance_scale=1.0), f"{task}, base"),
         }
-        scores = {m: {k: interval(fn(images[m])) for k, fn in measures(task, pairs).items()} for m in METHODS}
-        results[task] = {"count": len(pairs.samples), "scores": scores}
+        values = {m: {k: fn(images[m]) for k, fn in measures(task, pairs).items()} for m in METHODS}
+        results[task] = {"count": len(pairs.samples), **scores(values)}
         save_picture(comparison_grid(pairs, images, 12), output / f"{task}.png")
         write_text(output / "table.md", note + markdown(results))
         record = {"config": asdict(config), "versions": library_versions(), "adapter": asdict(pipe.adapter), "results": results}
@@ -177,12 +189,18 @@ def comparison_grid(pairs: NanoPairs, images: dict[str, Tensor], rows: int) -> I
 
 def markdown(results: dict[str, Any]) -> str:
     """The table as Markdown: one row per task and metric."""
-    lines = ["| task | metric | n | " + " | ".join(METHODS) + " |", "|---" * (3 + len(METHODS)) + "|"]
+    adapter, *others = METHODS
+    header = ["task", "metric", "n", *METHODS, *(f"{adapter} - {other}" for other in others)]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for task, result in results.items():
-        for metric in result["scores"]["adapter"]:
+        for metric in result["scores"][adapter]:
             cells = [f"{mean:.3f} ± {half:.3f}" for mean, half in (result["scores"][m][metric] for m in METHODS)]
+            for mean, half in (result["differences"][m][metric] for m in others):
+                cell = f"{mean:+.3f} ± {half:.3f}"
+                cells.append(f"**{cell}**" if abs(mean) > half else cell)
             lines.append(f"| {task} | {metric} | {result['count']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    note = "Means and 95 % intervals over concepts; differences are paired by concept, bold where the interval excludes 0."
+    return "\n".join([*lines, "", note]) + "\n"
 
 
 def _pipeline(config: EvaluateConfig, adapter: str) -> RealGeneralPipeline:

@@ -19,7 +19,7 @@ from realgeneral.adapter import adapter_info, save_adapter
 from realgeneral.config import DemoConfig, EvaluateConfig
 from realgeneral.demo import demo
 from realgeneral.errors import UsageError
-from realgeneral.evaluate import evaluate, generate_all, interval, nano_pairs
+from realgeneral.evaluate import evaluate, generate_all, interval, markdown, nano_pairs, scores
 from realgeneral.tasks import get_task
 
 SPECS = ("canny", "colouring")
@@ -64,6 +64,25 @@ def test_noise_belongs_to_the_sample(assets: Path, open_pipeline: Callable[..., 
     assert (results[0] - results[1]).abs().max() < 1e-3
 
 
+def test_differences_are_paired_by_concept() -> None:
+    """A constant lead is certain however much concepts differ, and is marked; one that has no sign is not."""
+    spread = torch.tensor([0.0, 10.0, 20.0])
+    values = {
+        "adapter": {"SSIM": spread + 1},
+        "copy condition": {"SSIM": spread},
+        "base": {"SSIM": spread + torch.tensor([0.0, 1.0, 2.0])},
+    }
+    result = scores(values)
+    assert result["scores"]["adapter"]["SSIM"][1] > 10
+    assert result["differences"] == {
+        "copy condition": {"SSIM": (1.0, 0.0)},
+        "base": {"SSIM": (0.0, pytest.approx(1.13161, abs=1e-4))},
+    }
+    assert result["values"]["base"]["SSIM"] == [0.0, 11.0, 22.0]
+    row = markdown({"canny": {"count": 3, **result}}).splitlines()[2]
+    assert row.endswith("| **+1.000 ± 0.000** | +0.000 ± 1.132 |")
+
+
 def test_splits_share_no_concept() -> None:
     """Settings can be chosen on concepts that the table does not hold."""
     train, held_out = (nano_pairs("colouring", 400, (64, 64), 0, split) for split in ("train", "held_out"))
@@ -83,7 +102,7 @@ def test_evaluate_writes_the_table(assets: Path, tmp_path: Path, capsys: pytest.
     assert set(results) == set(SPECS)
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
-    assert table.count("\n") == 2 + 3 + 2  # header; canny: SSIM, PSNR, edge F1; colouring: SSIM, PSNR
+    assert table.count("\n| c") == 3 + 2  # canny: SSIM, PSNR, edge F1; colouring: SSIM, PSNR
     record = json.loads((tmp_path / "results.json").read_text())
     assert record["results"]["canny"]["count"] == 3
     assert record["adapter"]["preset"] == "cached"
