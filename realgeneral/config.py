@@ -16,24 +16,31 @@ def _opt(help: str, default: Any = None, *, many: tuple[str, ...] | None = None,
     return field(default=default, metadata={"help": help, **argparse})
 
 
-# denoising steps and guidance, for nano one scale on prompt and condition: chosen on concepts that it was trained on
-NANO_STEPS, NANO_GUIDANCE, NANO_TASK_GUIDANCE = 10, 1.5, {"customization": 3.0}
+# denoising steps and guidance of nano, one scale on prompt and condition; for customization another on the condition: chosen on
+# concepts that no table shows
+NANO_STEPS, NANO_GUIDANCE, NANO_CUSTOMIZATION_GUIDANCE = 10, 1.5, 3.0
 # CogVideoX's own, which has no guidance on a condition
 STEPS, GUIDANCE, IMAGE_GUIDANCE = 50, 6.0, 1.0
-NANO_GUIDANCE_HELP = f"if not given {NANO_GUIDANCE}, for customization {NANO_TASK_GUIDANCE['customization']}, which fits nano"
+GUIDANCE_HELP = f"classifier-free guidance; if not given {NANO_GUIDANCE}, which fits nano"
+IMAGE_GUIDANCE_HELP = (
+    f"guidance on the condition, 1 = none; if not given {NANO_GUIDANCE}, for customization {NANO_CUSTOMIZATION_GUIDANCE}, "
+    "which fits nano"
+)
 # NumPy's largest; a seed's products with sample and epoch numbers then fit in PyTorch's 64 bits
 MAX_SEED = 2**32 - 1
 
 
-def nano_guidance(task: str) -> float:
-    """The scale of guidance, on prompt and condition alike, that fits nano."""
-    return NANO_TASK_GUIDANCE.get(task.partition(":")[0], NANO_GUIDANCE)
+def nano_guidance(task: str) -> tuple[float, float]:
+    """The scales of guidance on prompt and condition that fit nano."""
+    customization = task.partition(":")[0] == "customization"
+    return NANO_GUIDANCE, NANO_CUSTOMIZATION_GUIDANCE if customization else NANO_GUIDANCE
 
 
 def guidance(config: Any, task: str) -> tuple[float, float]:
     """The scales on prompt and condition for a task: those that are given, else what fits nano."""
-    text, image = (nano_guidance(task) if x is None else x for x in (config.guidance_scale, config.image_guidance_scale))
-    return text, image
+    text, image = nano_guidance(task)
+    given = config.guidance_scale, config.image_guidance_scale
+    return text if given[0] is None else given[0], image if given[1] is None else given[1]
 
 
 def _check_at_least_one(config: Any, *names: str) -> None:
@@ -252,10 +259,8 @@ class GenerateConfig(Settings):
     height: int = _opt("pixels; 0 = the base's own size", 0)
     width: int = _opt("pixels; 0 = the base's own size", 0)
     steps: int | None = _opt(f"denoising steps; if not given {NANO_STEPS} for nano, {STEPS} for other bases")
-    guidance_scale: float | None = _opt(f"classifier-free guidance; {NANO_GUIDANCE_HELP}; {GUIDANCE} for other bases")
-    image_guidance_scale: float | None = _opt(
-        f"guidance on the condition, 1 = none; {NANO_GUIDANCE_HELP}; {IMAGE_GUIDANCE} for other bases"
-    )
+    guidance_scale: float | None = _opt(f"{GUIDANCE_HELP}; {GUIDANCE} for other bases")
+    image_guidance_scale: float | None = _opt(f"{IMAGE_GUIDANCE_HELP}; {IMAGE_GUIDANCE} for other bases")
     num_images: int = _opt("images to make; image i has seed + i", 1)
     seed: int = _opt("random seed", 0)
     condition_seed: int = _opt("seed of a condition with a random part (the hole of inpainting); -1 = --seed", -1)
@@ -269,7 +274,7 @@ class GenerateConfig(Settings):
         for name in ("prompt", "task"):
             if not getattr(self, name):
                 raise UsageError(f"--{name} must be given, got none")
-        nano = (NANO_STEPS, nano_guidance(self.task), nano_guidance(self.task))
+        nano = (NANO_STEPS, *nano_guidance(self.task))
         fitting = nano if self.base == "nano" else (STEPS, GUIDANCE, IMAGE_GUIDANCE)
         for name, value in zip(("steps", "guidance_scale", "image_guidance_scale"), fitting, strict=True):
             if getattr(self, name) is None:
@@ -292,8 +297,8 @@ class DemoConfig(Settings):
     steps: int = _opt("denoising steps", NANO_STEPS)
     train_steps: int = _opt("optimizer steps of the short training; 0 = none", 120)
     train_task: str = _opt("task of the short training", "colouring")
-    guidance_scale: float | None = _opt(f"classifier-free guidance; {NANO_GUIDANCE_HELP}")
-    image_guidance_scale: float | None = _opt(f"guidance on the condition, 1 = none; {NANO_GUIDANCE_HELP}")
+    guidance_scale: float | None = _opt(GUIDANCE_HELP)
+    image_guidance_scale: float | None = _opt(IMAGE_GUIDANCE_HELP)
     seed: int = _opt("random seed", 0)
     fused_kernels: bool = _opt("run the model on the Triton kernels of rgkernels", False)
     debug: bool = _opt("show the traceback of an error", False)
@@ -345,8 +350,8 @@ class EvaluateConfig(Settings):
     height: int = _opt("pixels of a protocol's pictures; 0 = the base's own size", 0)
     width: int = _opt("pixels; 0 = the base's own size", 0)
     steps: int = _opt("denoising steps; the default fits nano", NANO_STEPS)
-    guidance_scale: float | None = _opt(f"classifier-free guidance; {NANO_GUIDANCE_HELP}")
-    image_guidance_scale: float | None = _opt(f"guidance on the condition, 1 = none; {NANO_GUIDANCE_HELP}")
+    guidance_scale: float | None = _opt(GUIDANCE_HELP)
+    image_guidance_scale: float | None = _opt(IMAGE_GUIDANCE_HELP)
     batch_size: int = _opt("images at once", 25)
     dtype: Literal["float32", "bfloat16", "float16"] = _opt("dtype of the models of a protocol", "float32")
     offload: bool = _opt("keep on the GPU only the model that runs (protocols)", False)
