@@ -16,8 +16,8 @@ def _opt(help: str, default: Any = None, *, many: tuple[str, ...] | None = None,
     return field(default=default, metadata={"help": help, **argparse})
 
 
-# denoising steps and guidance of nano, one scale on prompt and condition; for customization another on the condition: chosen on
-# concepts that no table shows
+# denoising steps and guidance of nano, one scale on prompt and condition; for customization another on the condition: how they
+# were chosen is in docs/results.md
 NANO_STEPS, NANO_GUIDANCE, NANO_CUSTOMIZATION_GUIDANCE = 10, 1.5, 3.0
 # CogVideoX's own, which has no guidance on a condition
 STEPS, GUIDANCE, IMAGE_GUIDANCE = 50, 6.0, 1.0

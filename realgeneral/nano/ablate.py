@@ -248,7 +248,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="base in bfloat16, autocast")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument(
-        "--precomputed", help="store of `realgeneral precompute` for these tasks, instead of encoding pictures on the fly"
+        "--precomputed", default="", help="store of `realgeneral precompute` for these tasks; default: encode on the fly"
     )
     parser.add_argument("--concepts", type=int, default=100)
     parser.add_argument("--sample-steps", type=int, default=NANO_STEPS)
