@@ -6,6 +6,7 @@ Sources and licences: `assets/licenses/README.md`.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -84,12 +85,12 @@ def load_emoji(split: str | None = None) -> list[Concept]:
     return [c for c in _load_all() if split is None or c.split == split]
 
 
-def caption(concept: Concept, style: str) -> str:
-    """Return the caption of a concept in a style, for example "red fox, 3d render".
+def caption(concept: Concept, style: str, colours: Sequence[str] = ()) -> str:
+    """Return the caption of a concept in a style, for example "fox, 3d render", or "fox, orange black, 3d render" with colours.
 
     Raises:
         ValueError: If `style` is unknown.
     """
     if style not in STYLE_WORDS:
         raise ValueError(f"style must be one of {list(STYLES)}, got {style!r}")
-    return f"{concept.name}, {STYLE_WORDS[style]}"
+    return ", ".join(filter(None, (concept.name, " ".join(colours), STYLE_WORDS[style])))

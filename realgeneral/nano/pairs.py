@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from PIL import Image, ImageOps
 
+from realgeneral.nano.colours import colour_words
 from realgeneral.nano.emoji import PARQUET, Concept, caption, load_emoji
 from realgeneral.nano.latents import RECOLOURINGS
 from realgeneral.records import BaseSource, Picture, Record, file_stamp
@@ -17,6 +18,8 @@ TARGET_STYLES = ("flat", "3d", "noto")
 # Shares: rows that are named "emoji" alone, and of those the ones in other colours. What has a name is drawn from memory, and a
 # thing that was never seen then comes out as another thing.
 UNNAMED, RECOLOURED = 0.5, 0.5
+# Share of rows whose prompt tells the colours.
+COLOURED = 0.75
 NANO_TASKS = ("customization", "canny", "inpainting", "colouring", "deblurring:radius=16.0", "image-to-sketch")
 
 
@@ -25,7 +28,7 @@ class NanoSource(BaseSource):
 
     Args:
         split: "train" or "held_out".
-        augment: Mirror, rotate, shift, scale and recolour pictures at random, the reference alike; leave names out.
+        augment: Mirror, rotate, shift, scale and recolour pictures at random, the reference alike; leave names and colours out.
     """
 
     seeded = True  # the reference's style, and the transform
@@ -53,8 +56,9 @@ class NanoSource(BaseSource):
             if rng.random() < UNNAMED:
                 shown = replace(concept, name="emoji")
                 pictures = _recoloured(pictures, rng) if rng.random() < RECOLOURED else pictures
+        colours = () if self.augment and rng.random() >= COLOURED else colour_words(pictures[0])
         target, reference = map(Picture, pictures)
-        return Record(caption(concept, style), target, caption(shown, style), subject=shown.name, reference=reference)
+        return Record(caption(concept, style), target, caption(shown, style, colours), subject=shown.name, reference=reference)
 
     def stamp(self) -> str:
         """Of the packaged file, and the split."""

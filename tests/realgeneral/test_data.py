@@ -561,10 +561,11 @@ def test_nano_rows() -> None:
     assert row.reference.size == row.target.size == (64, 64)
     assert row.subject is not None
     assert row.subject in row.prompt
-    style = source.row_name(5).rpartition(", ")[2]
+    name, _, style = source.row_name(5).partition(", ")
     rows = [source.row(5, seed) for seed in range(100)]
-    assert {r.prompt for r in rows} == {source.row_name(5), f"emoji, {style}"}
-    assert all(r.subject == r.prompt.rpartition(", ")[0] for r in rows)
+    assert {(r.subject, r.prompt.partition(", ")[0]) for r in rows} == {(name, name), ("emoji", "emoji")}
+    assert {r.prompt.rpartition(", ")[2] for r in rows} == {style}
+    assert {source.row_name(5), f"emoji, {style}"} < {r.prompt for r in rows}
     assert 30 < sum(r.subject == "emoji" for r in rows) < 70
     held_out = NanoSource("held_out", augment=False)
     assert held_out.row(3, 1).target.tobytes() == held_out.row(3, 2).target.tobytes()

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXPipeline
-from PIL import Image
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+from PIL import Image, ImageColor
 
 from realgeneral import RealGeneralPipeline
 from realgeneral.adapter import read_adapter_info
@@ -19,8 +19,10 @@ from realgeneral.data import PairDataset
 from realgeneral.demo import demo
 from realgeneral.evaluate import evaluate, generate_all, interval, markdown, measures, nano_pairs
 from realgeneral.metrics import edge_f1, psnr, retrieval_hits, ssim
+from realgeneral.nano.colours import COLOURS, colour_words
 from realgeneral.nano.emoji import PARQUET, STYLES, Concept, caption, load_emoji
 from realgeneral.nano.pairs import NANO_TASKS, TARGET_STYLES, NanoSource
+from realgeneral.nano.train_vae import decoder_terms, latent_noise
 from realgeneral.pictures import to_pixels
 from realgeneral.pipeline import NANO_ASSETS
 from realgeneral.tasks import get_task
@@ -68,7 +70,7 @@ def test_source_is_deterministic_and_paired() -> None:
     assert first.subject in first.prompt
     plain = NanoSource("held_out", augment=False).row(0, 0)
     concept = load_emoji("held_out")[0]
-    assert plain.prompt == caption(concept, TARGET_STYLES[0])
+    assert plain.prompt == caption(concept, TARGET_STYLES[0], colour_words(concept.image(TARGET_STYLES[0])))
     references = [np.asarray(concept.image(style)) for style in TARGET_STYLES[1:]]
     assert any(np.array_equal(np.asarray(plain.reference), r) for r in references)
     dataset = PairDataset(source, NANO_TASKS, [], (64, 64), seed=0, strict=True)
@@ -86,6 +88,36 @@ def test_target_and_reference_are_augmented_alike(monkeypatch: pytest.MonkeyPatc
         assert np.array_equal(np.asarray(row.target), np.asarray(row.reference))
         changed.append(not np.array_equal(np.asarray(row.target), np.asarray(plain.row(6, seed).target)))
     assert 20 < sum(changed) < 40
+
+
+def test_colours_are_told_in_words() -> None:
+    """Plain areas by their size, white and specks left out; a recoloured picture has other words."""
+
+    def drawing(*areas: tuple[str, int]) -> Image.Image:
+        pixels = [rgb for rgb, count in areas for _ in range(count)]
+        picture = Image.new("RGB", (64, 64), "white")
+        picture.putdata([ImageColor.getrgb(rgb) for rgb in pixels] + [(255, 255, 255)] * (64 * 64 - len(pixels)))
+        return picture
+
+    assert colour_words(drawing()) == ()
+    assert colour_words(drawing(("#0067d6", 500), ("#ffc83d", 900), ("#f8312f", 60))) == ("yellow", "blue")
+    named = {
+        "#f8312f": "red", "#ff822d": "orange", "#ffc83d": "yellow", "#00d26a": "green", "#26c9c9": "cyan",
+        "#0067d6": "blue", "#8d65c5": "purple", "#ff9db0": "pink", "#7d4533": "brown", "#9b9b9b": "grey", "#1c1c1c": "black",
+    }  # fmt: skip
+    assert {rgb: colour_words(drawing((rgb, 400))) for rgb in named} == {rgb: (name,) for rgb, name in named.items()}
+    assert set(named.values()) == set(COLOURS)
+    assert len(colour_words(drawing(*((rgb, 300) for rgb in list(named)[:8])))) == 3
+    source = NanoSource("train")
+    prompts = [source.row(5, seed).prompt.split(", ") for seed in range(100)]
+    assert 60 < sum(len(parts) == 3 for parts in prompts) < 90
+    assert len({parts[1] for parts in prompts if parts[0] == "emoji"}) > 3
+
+
+def test_captions_fit_nanos_window(pipe: RealGeneralPipeline) -> None:
+    """Every caption with its colours has at most 16 tokens."""
+    captions = [caption(c, style, colour_words(c.image(style))) for c in load_emoji("held_out") for style in TARGET_STYLES]
+    assert max(map(len, pipe.tokenizer(captions).input_ids)) <= pipe.transformer.config.max_text_seq_length
 
 
 def test_base_is_a_stock_checkpoint() -> None:
@@ -108,6 +140,21 @@ def test_vae_reconstructs_held_out_pictures(pipe: RealGeneralPipeline) -> None:
         assert _reconstruction_psnr(pipe, pictures) > 29
     edges = [get_task("canny").condition(c.image("3d"), 0) for c in concepts]
     assert _reconstruction_psnr(pipe, edges) > 25
+
+
+def test_decoder_recipe_leaves_the_encoder() -> None:
+    """Noise of the size that was asked for, and no gradient but the decoder's."""
+    latent = torch.zeros(200, 8, 1, 16, 16)
+    noise = latent_noise(latent, 0.3)
+    sizes = noise.std(dim=(1, 2, 3, 4))
+    assert sizes.max() < 0.36
+    assert 0.12 < sizes.mean() < 0.18
+    vae = fold_single_frame(AutoencoderKLCogVideoX.from_pretrained(NANO_ASSETS / "base" / "vae", torch_dtype=torch.float32))
+    pixels = torch.stack([to_pixels(load_emoji("train")[0].image("3d"))])
+    terms = decoder_terms(vae, pixels, torch.float32)
+    torch.stack(list(terms.values())).sum().backward()
+    assert all(p.grad is None for p in vae.encoder.parameters())
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in vae.decoder.parameters())
 
 
 def _reconstruction_psnr(pipe: RealGeneralPipeline, pictures: list[Image.Image]) -> float:
