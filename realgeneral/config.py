@@ -127,7 +127,9 @@ class TrainConfig(DataSettings):
     rank: int = _opt("LoRA rank", 64)
     alpha: float = _opt("LoRA alpha; 0 = rank", 0.0)
     lora_targets: list[str] = _opt("linear layers that get a LoRA", many=LORA_TARGETS)
-    init_adapter: str = _opt("start from this adapter instead of a fresh one", "")
+    init_adapter: str = _opt(
+        "start from this adapter instead of a fresh one; lora_targets may name more layers than it has", ""
+    )
     ablation: Literal["none", "shared-adaln", "no-embedding"] = _opt(
         "leave a part of the method at its start, untrained", "none"
     )

@@ -80,15 +80,19 @@ def _add_fresh_adapter(config: TrainConfig, transformer: RealGeneralTransformer3
 
 def _start_from_adapter(config: TrainConfig, transformer: RealGeneralTransformer3DModel) -> None:
     folder = Path(resolve_adapter(config.init_adapter))
-    load_adapter(transformer, folder, preset=config.preset)
+    info = load_adapter(transformer, folder, preset=config.preset)
+    targets = set(transformer.peft_config["default"].target_modules)
+    if not targets <= set(config.lora_targets):
+        raise UsageError(
+            f"lora_targets must have those of the adapter to start from, {sorted(targets)}, got {sorted(config.lora_targets)}"
+        )
+    if targets != set(config.lora_targets):  # the other layers start as in a fresh adapter
+        transformer.unload_lora()
+        torch.manual_seed(config.seed)
+        add_lora(transformer, info.rank, info.alpha, config.lora_targets)
     # once more into float32: it was loaded for inference, in the base's dtype
     mark_trainable(transformer)
     load_weights(folder, transformer)
-    targets = sorted(transformer.peft_config["default"].target_modules)
-    if targets != sorted(config.lora_targets):
-        raise UsageError(
-            f"lora_targets must be those of the adapter to start from, {targets}, got {sorted(config.lora_targets)}"
-        )
 
 
 def freeze_for_ablation(transformer: nn.Module, ablation: str) -> None:

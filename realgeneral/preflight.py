@@ -71,8 +71,7 @@ def check_training(config: TrainConfig, device: torch.device) -> None:
     base = open_base(config.base)
     if config.init_adapter:
         check_fits(base.transformer, read_adapter_info(resolve_adapter(config.init_adapter)), config.preset)
-    else:
-        check_targets(base.transformer, config.lora_targets)
+    check_targets(base.transformer, config.lora_targets)
     tasks_to_train(config)
     run_buckets(config, base)
     if config.sample_count:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 
 from realgeneral import RealGeneralPipeline, checkpoint, samples, tracking
 from realgeneral import train as train_module
-from realgeneral.adapter import CONDITION_FILE, LORA_FILE, read_adapter_info
+from realgeneral.adapter import CONDITION_FILE, LORA_FILE, LORA_TARGETS, read_adapter_info
 from realgeneral.bad_batch import load_bad_batch
 from realgeneral.config import TrainConfig
 from realgeneral.diffusion import v_loss
@@ -512,9 +513,19 @@ def test_init_adapter(config: Callable[..., TrainConfig], mixed_precision: str) 
     with pytest.raises(UsageError, match="adapter must be of preset 'paper', got one trained in preset 'cached'"):
         train(config("fourth", init_adapter=first["adapter"], preset="paper"))
     with pytest.raises(
-        UsageError, match=r"lora_targets must be those of the adapter to start from, \[.*'to_v'\], got \['to_q'\]"
+        UsageError, match=r"lora_targets must have those of the adapter to start from, \[.*'to_v'\], got \['to_q'\]"
     ):
         train(config("fifth", init_adapter=first["adapter"], lora_targets=["to_q"]))
+    with pytest.raises(UsageError, match=r"LoRA target must name linear layers of the base .*, got 'ff.net.7'"):
+        train(config("sixth", init_adapter=first["adapter"], lora_targets=[*LORA_TARGETS, "ff.net.7"]))
+    wide = train(dataclasses.replace(made, output=made.output + "-wide", lora_targets=[*LORA_TARGETS, "ff.net.2"]))
+    three = weights(wide["adapter"])
+    for name in one:
+        torch.testing.assert_close(one[name], three[name], rtol=0, atol=1e-7)
+    added = {name for name in three if name not in one}
+    assert added
+    assert all("ff.net.2.lora_" in name for name in added)
+    assert max(three[name].abs().max() for name in added if "lora_B" in name) <= 1e-8  # one step at a rate of 1e-9
 
 
 # --- ways to end ---------------------------------------------------------------------------------------------------------
