@@ -141,7 +141,7 @@ def test_nano_data(training: Callable[..., TrainConfig], settings: Callable[...,
     from realgeneral.nano import pairs
 
     monkeypatch.setattr(pairs, "load_emoji", lambda split, load=pairs.load_emoji: load(split)[:2])
-    monkeypatch.setattr(pairs, "caption", lambda concept, style: "a red pot")
+    monkeypatch.setattr(pairs, "caption", lambda concept, style, colours=(): "a red pot")
     monkeypatch.setattr("realgeneral.data.subject_span_mask", lambda *_: None)
     monkeypatch.setattr("realgeneral.objective.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
     monkeypatch.setattr("realgeneral.pipeline.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
