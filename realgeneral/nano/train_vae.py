@@ -1,7 +1,7 @@
 """Recipe: train the nano VAE, a small AutoencoderKLCogVideoX, on the packaged emoji.
 
     python -m realgeneral.nano.train_vae --out DIR --minutes 26
-    python -m realgeneral.nano.train_vae --out DIR2 --minutes 60 --decoder-of DIR/vae
+    python -m realgeneral.nano.train_vae --out DIR2 --minutes 50 --lr 1e-3 --decoder-of DIR/vae
 
 The second command leaves the encoder, and so the latents, as they are and goes on with the decoder on *noisy* latents: what a
 diffusion model makes is off by a tenth or two of a standard deviation, which a decoder that only saw clean latents turns into
