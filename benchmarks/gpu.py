@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MARGIN = 10.0  # seconds kept back for ending processes and writing files
 # not a new session: whoever ends ours must reach it. process_group came with Python 3.11
 OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
-WORKERS = 8  # a kernel's compilation takes one core
+WORKERS = 14  # a kernel's compilation takes one core
 OPS = ("bench_adaln.py", "bench_qk_norm_rope.py", "bench_attention.py")
 MODELS = ("bench_block.py", "bench_training_step.py", "bench_generation.py")
 # warnings are errors in the tests; those of another torch or Triton say nothing about a kernel's results
