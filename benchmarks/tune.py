@@ -9,6 +9,8 @@ current launch's results, and timed in turns with it; the best of them is the ne
 registers or disagrees is left out. The current launch stays unless another is faster by more than the spread, at every shape of
 its size class. FILE is complete after each kernel, so a run that is cut off leaves what it found: review it, copy it over
 rgkernels/_triton/launch_data.py, and run `python -m benchmarks.static_report --write`. Needs torch, triton and numpy.
+
+Building takes most of the time: `--workers` processes compile the launches of a round side by side into Triton's cache on disk.
 """
 
 from __future__ import annotations
@@ -17,17 +19,22 @@ import argparse
 import contextlib
 import copy
 import math
+import os
+import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
+from benchmarks.builders import Builders
 from benchmarks.common import Case, default_device, environment, measure
 from benchmarks.direct import Call, prepare
 from benchmarks.launch_writer import write
@@ -39,6 +46,7 @@ from rgkernels._triton.launch_table import HeadTile, Launch, RowLoop, RowTile, S
 DTYPE = torch.bfloat16
 OUT = Path("outputs") / "launch_data.py"
 QUICK, THOROUGH, FINALISTS = 15, 60, 2
+WORKERS = max(0, min(14, (os.cpu_count() or 1) - 1))  # a kernel's compilation takes one core
 
 # what each field may be
 VALUES: dict[type, dict[str, tuple[int | None, ...]]] = {
@@ -146,6 +154,7 @@ def search(
     accept: Callable[[Launch], bool],
     timer: Timer,
     time_left: Callable[[], bool],
+    prepare: Callable[[Sequence[Launch]], None] = lambda launches: None,
 ) -> Outcome:
     """Coordinate search from the current launch until nothing is faster or time is up.
 
@@ -154,13 +163,15 @@ def search(
         current: Where to start; it stays unless something beats it.
         accept: Whether a launch may be timed at all: it compiles, does not spill, and agrees.
         timer: Times launches in turns, a given number of repeats each.
-        time_left: Asked before each launch is built.
+        time_left: Asked before each launch is looked at.
+        prepare: Given all launches of a round before the first of them is looked at, so that they can be built side by side.
     """
     best, seen = current, {current}
     while time_left():
-        alive = []
-        for launch in neighbours(target, best):
-            if launch not in seen and time_left():
+        fresh, alive = [launch for launch in neighbours(target, best) if launch not in seen], []
+        prepare(fresh)
+        for launch in fresh:
+            if time_left():
                 seen.add(launch)
                 alive += [launch] if accept(launch) else []
         if not alive:
@@ -263,6 +274,22 @@ def spills_watched() -> Iterator[list[int]]:
         KernelInterface.__getitem__ = original
 
 
+_bench: dict[Target, Bench] = {}  # a worker's only one
+
+
+def build(target: Target, launch: Launch) -> None:
+    """In a worker: compile a launch into Triton's cache on disk, where `Bench.accept` finds it.
+
+    No kernel runs: it could disturb what the parent times, or fail. All shapes: one may be specialised further.
+    """
+    with mock.patch.object(KernelInterface, "__getitem__", lambda kernel, grid: partial(kernel.run, grid=grid, warmup=True)):
+        if target not in _bench:
+            _bench.clear()  # its tensors go before others come
+            _bench[target] = Bench(target, default_device())
+        for call in _bench[target].calls:
+            _bench[target]._run(launch, call)
+
+
 def flat(results: Any) -> list[Tensor]:
     """The tensors of a launcher's result."""
     return [x.clone() for x in (results if isinstance(results, list | tuple) else [results]) if x is not None]
@@ -294,24 +321,34 @@ def evidence(target: Target, current: Launch, outcome: Outcome, device: torch.de
     }  # fmt: skip
 
 
-def tune(targets: Sequence[Target], minutes: float, out: Path, device: torch.device) -> None:
+def tune(targets: Sequence[Target], minutes: float, out: Path, device: torch.device, workers: int = 0) -> None:
     """Search for every target in order, and write the table after each; one may take twice its share of the time left."""
     launches, measured = copy.deepcopy(LAUNCHES), copy.deepcopy(MEASURED)
     deadline = time.monotonic() + 60 * minutes
-    for i, target in enumerate(targets):
-        now = time.monotonic()
-        if now >= deadline:
-            print(f"time is up before {target.kernel} {target.size}")
-            break
-        end = min(deadline, now + 2 * (deadline - now) / (len(targets) - i))
-        bench = Bench(target, device)
-        outcome = search(target, bench.current, bench.accept, bench.times, lambda end=end: time.monotonic() < end)
-        launches[target.kernel][bench.key] = tuple(outcome.best)
-        measured.setdefault(target.kernel, {})[bench.key] = evidence(target, bench.current, outcome, device)
-        write(out, launches, measured)
-        kept = "stays" if outcome.best == bench.current else f"-> {outcome.best}"
-        gain = math.exp((_total(outcome.before) - _total(outcome.after)) / len(target.shapes))
-        print(f"{target.kernel} {bench.key}: {bench.current} {kept}, {gain:.3f}x, {outcome.looked_at} looked at", flush=True)
+    with Builders(workers) as builders:
+        for i, target in enumerate(targets):
+            now = time.monotonic()
+            if now >= deadline:
+                print(f"time is up before {target.kernel} {target.size}")
+                break
+            end = min(deadline, now + 2 * (deadline - now) / (len(targets) - i))
+            bench = Bench(target, device)
+
+            def build_ahead(found: Sequence[Launch], target: Target = target, end: float = end) -> None:
+                # half of the time that is left: what was built must still be timed
+                builders.run(build, [(target, launch) for launch in found], (time.monotonic() + end) / 2)
+
+            outcome = search(
+                target, bench.current, bench.accept, bench.times, lambda end=end: time.monotonic() < end, build_ahead
+            )
+            launches[target.kernel][bench.key] = tuple(outcome.best)
+            measured.setdefault(target.kernel, {})[bench.key] = evidence(target, bench.current, outcome, device)
+            write(out, launches, measured)
+            kept = "stays" if outcome.best == bench.current else f"-> {outcome.best}"
+            gain = math.exp((_total(outcome.before) - _total(outcome.after)) / len(target.shapes))
+            print(
+                f"{target.kernel} {bench.key}: {bench.current} {kept}, {gain:.3f}x, {outcome.looked_at} looked at", flush=True
+            )
     print(f"written: {out}")
 
 
@@ -336,10 +373,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=4.0, metavar="M", help="stop after M minutes (default: 4)")
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help=f"the table (default: {OUT})")
     parser.add_argument("--op", nargs="+", choices=kernels, default=kernels, metavar="KERNEL", help=", ".join(kernels))
+    parser.add_argument("--workers", type=int, default=WORKERS, metavar="N", help=f"build in N processes (default: {WORKERS})")
     parser.add_argument("--dry-run", action="store_true", help="list candidates; needs no GPU")
     args = parser.parse_args(argv)
     if not args.minutes > 0:
         parser.error(f"--minutes must be positive, got {args.minutes}")
+    if args.workers < 0:
+        parser.error(f"--workers must not be negative, got {args.workers}")
     targets = [target for target in TARGETS if target.kernel in args.op]
     device = default_device()
     if args.dry_run:
@@ -348,7 +388,8 @@ def main(argv: list[str] | None = None) -> int:
     if device.type != "cuda":
         print("tuning needs a CUDA device, got none (--dry-run lists the candidates)", file=sys.stderr)
         return 1
-    tune(targets, args.minutes, args.out, device)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through the block that ends workers
+    tune(targets, args.minutes, args.out, device, args.workers)
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rgkernels.reference import keep_memory_order
+from rgkernels.reference import keep_memory_order, positive_scale
 from rgkernels.segments import SegmentLayout
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -32,6 +32,7 @@ def segment_attention(
     flash_attn_func = _load()
     if q.dtype not in DTYPES:
         raise NotImplementedError(f"segment_attention with impl='flash-attn' supports float16 and bfloat16, got {q.dtype}")
+    q, softmax_scale = positive_scale(q, softmax_scale)
     outputs, lses = [q[:, :, :0]], [q[:, :, :0, 0].float()]
     for name, rows in zip(query_segments, q.split([layout.length(n) for n in query_segments], dim=2), strict=True):
         ranges = layout.key_ranges(name)

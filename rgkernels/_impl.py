@@ -9,6 +9,8 @@ import torch
 
 OP_IMPLS = ("auto", "triton", "reference")
 ATTENTION_IMPLS = (*OP_IMPLS, "flash-attn")
+# asked once: torch.compile of torch 2.11 does not trace the question
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def resolve(impl: str, device: torch.device, choices: tuple[str, ...] = OP_IMPLS) -> str:
@@ -34,7 +36,7 @@ def resolve(impl: str, device: torch.device, choices: tuple[str, ...] = OP_IMPLS
 
 def require_triton(device: torch.device) -> None:
     """Raise a RuntimeError that says what is missing if Triton kernels cannot run on `device`."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         raise RuntimeError("impl='triton' needs the triton package, found none: pip install triton")
     if device.type not in ("cuda", "meta") and not interpreting():
         raise RuntimeError(

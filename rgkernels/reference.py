@@ -74,6 +74,7 @@ def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, query_segments: tuple[str, ...], softmax_scale: float
 ) -> Tensor:
     """Split SDPA: one unmasked scaled_dot_product_attention per query segment over its visible keys."""
+    q, softmax_scale = positive_scale(q, softmax_scale)
     outputs = [q[:, :, :0]]
     for name, rows in zip(query_segments, q.split([layout.length(n) for n in query_segments], dim=2), strict=True):
         ranges = layout.key_ranges(name)
@@ -97,6 +98,13 @@ def segment_attention_lse(
         scores = (rows.to(wide) @ keys.to(wide).transpose(-1, -2)) * softmax_scale
         parts.append(scores.logsumexp(dim=-1))
     return torch.cat(parts, dim=2)
+
+
+def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, float]:
+    """Queries and a positive scale with exactly the same scores: fused kernels that scale after the maximum give NaN else."""
+    if softmax_scale > 0:
+        return q, softmax_scale
+    return (-q, -softmax_scale) if softmax_scale < 0 else (q * 0, 1.0)
 
 
 def keep_memory_order(x: Tensor, like: Tensor) -> Tensor:

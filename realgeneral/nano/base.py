@@ -206,7 +206,7 @@ def sample_grid(
         output_type="latent",
     ).frames
     images = decode_latents(folded_vae, latents.flatten(0, 1)).clamp(-1, 1)
-    arrays = ((images + 1) * 127.5).round().permute(0, 2, 3, 1).to(torch.uint8).numpy()
+    arrays = ((images + 1) * 127.5).round().permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
     clips = [np.concatenate(list(c), axis=1) for c in arrays.reshape(len(prompts), frames, *arrays.shape[1:])]
     clips += [np.full_like(clips[0], 255)] * (-len(clips) % columns)
     return image_grid(clips[i : i + columns] for i in range(0, len(clips), columns))

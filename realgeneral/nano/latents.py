@@ -8,10 +8,15 @@ can tell the colours.
 from __future__ import annotations
 
 import io
+import itertools
 import json
-from collections.abc import Sequence
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,6 +25,7 @@ from diffusers import AutoencoderKLCogVideoX
 from PIL import Image
 from torch.nn import functional as F
 
+from realgeneral.nano.colours import colour_words
 from realgeneral.nano.common import log
 from realgeneral.nano.derived import KINDS, derive
 from realgeneral.nano.emoji import STYLE_WORDS, STYLES, load_emoji
@@ -40,6 +46,7 @@ COLOUR_STYLES = ("flat", "3d", "noto")
 RECOLOURINGS = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 STAGES = (1 / 3, 2 / 3, 1.0)
 COPIES = ("plain", "mirrored", "recoloured")
+ROWS_AT_ONCE = 8  # rows that are encoded together
 
 
 @dataclass(frozen=True)
@@ -151,36 +158,79 @@ def render_entries(stills: dict[str, np.ndarray], entries: Entries, rng: np.rand
     return out, motions
 
 
+@dataclass(frozen=True)
+class Row:
+    """A rendered row: pictures uint8 [entries, 64, 64, 3], motions [styles, slots], and by style the colours in words."""
+
+    pictures: np.ndarray
+    motions: list[list[int]]
+    colours: dict[str, str]
+
+
+def render_row(numbered: tuple[int, Thing], entries: Entries, copy: str, seed: int) -> Row:
+    """Render row number i of a copy; what is random follows from seed, copy and i alone."""
+    i, thing = numbered
+    rng = np.random.default_rng([seed, COPIES.index(copy), i])
+    stills = alter(thing.pictures(), copy, rng)
+    pictures, motions = render_entries(stills, entries, rng)
+    colours = {style: " ".join(colour_words(Image.fromarray(stills[style]))) for style in entries.coloured}
+    return Row(pictures, motions.tolist(), colours)
+
+
+def render_rows(things: Sequence[Thing], entries: Entries, copy: str, seed: int, workers: int) -> Iterator[Row]:
+    """All rows in order, rendered by `workers` processes, or here with 0."""
+    render = partial(render_row, entries=entries, copy=copy, seed=seed)
+    if workers == 0:
+        yield from map(render, enumerate(things))
+        return
+    # not forked: this process has threads, and perhaps a GPU
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as processes:
+        yield from processes.map(render, enumerate(things), chunksize=ROWS_AT_ONCE)
+
+
 @torch.no_grad()
 def build_pool(
-    vae: AutoencoderKLCogVideoX, path: Path, things: Sequence[Thing], entries: Entries, copy: str, seed: int
+    vae: AutoencoderKLCogVideoX,
+    path: Path,
+    things: Sequence[Thing],
+    entries: Entries,
+    copy: str,
+    seed: int,
+    workers: int = 0,
 ) -> None:
     """Encode a copy with the folded VAE: `path`, fp16 [N, entries, C, 16, 16], and beside it a .json of what the rows are."""
-    rng = np.random.default_rng(seed + COPIES.index(copy))
     tmp = path.with_suffix(".tmp.npy")
     pool: np.memmap | None = None
-    motions = []
-    for i, thing in enumerate(things):
-        pictures, own_motions = render_entries(alter(thing.pictures(), copy, rng), entries, rng)
-        motions.append(own_motions.tolist())
-        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.autocast("cpu", torch.bfloat16):
-            latents = encode_images(vae, pixels).float().numpy()
-        if pool is None:
-            pool = np.lib.format.open_memmap(tmp, "w+", np.float16, (len(things), *latents.shape))
-        pool[i] = latents
-        if i % 200 == 199:
-            log(f"pool {path.stem}: {i + 1}/{len(things)}")
-    assert pool is not None
-    pool.flush()
-    tmp.rename(path)
-    meta = {
+    rows = render_rows(things, entries, copy, seed, workers)
+    meta: dict[str, list[Any]] = {
         "names": [thing.name for thing in things],
         "words": [thing.words for thing in things],
         "concepts": [thing.concept for thing in things],
-        "motions": motions,
+        "motions": [],
+        "colours": [],
     }
+    for start in range(0, len(things), ROWS_AT_ONCE):
+        some = list(itertools.islice(rows, ROWS_AT_ONCE))
+        latents = _encode(vae, np.concatenate([row.pictures for row in some])).reshape(len(some), entries.count, -1, 16, 16)
+        if pool is None:
+            pool = np.lib.format.open_memmap(tmp, "w+", np.float16, (len(things), *latents.shape[1:]))
+        pool[start : start + len(some)] = latents
+        meta["motions"] += [row.motions for row in some]
+        meta["colours"] += [row.colours for row in some]
+    assert pool is not None
+    pool.flush()
+    tmp.rename(path)
     path.with_suffix(".json").write_text(json.dumps(meta), encoding="utf-8")
+    log(f"pool {path.stem}: {len(things)} rows of {entries.count} pictures")
+
+
+def _encode(vae: AutoencoderKLCogVideoX, pictures: np.ndarray) -> np.ndarray:
+    """Latents of uint8 [N, 64, 64, 3]."""
+    pixels = torch.from_numpy(pictures).to(vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.autocast(vae.device.type, torch.bfloat16):
+        latents: np.ndarray = encode_images(vae, pixels).float().cpu().numpy()
+    return latents
 
 
 @dataclass
@@ -192,10 +242,12 @@ class Pool:
     names: list[str]
     words: list[dict[str, str]]
     concepts: list[str]
+    colours: list[dict[str, str]]
 
     @classmethod
     def open(cls, path: Path) -> Pool:
         """Map what `build_pool` wrote."""
         meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         motions = np.asarray(meta["motions"])
-        return cls(np.load(path, mmap_mode="r"), motions, meta["names"], meta["words"], meta["concepts"])
+        latents = np.load(path, mmap_mode="r")
+        return cls(latents, motions, meta["names"], meta["words"], meta["concepts"], meta["colours"])

@@ -1,6 +1,7 @@
 """Recipe: train the nano base, a small CogVideoX text-to-video model, on clips of emoji.
 
-    python -m realgeneral.nano.train_base --vae DIR --text DIR --icons FILE --out DIR --minutes 240
+    python -m realgeneral.nano.train_base --icons FILE --out DIR --minutes 8 --batch 512 --workers 12 --compile     on a GPU
+    python -m realgeneral.nano.train_base --icons FILE --out DIR --minutes 300                                     on two cores
 
 Encodes pools of latents once (about 1.4 GB in `--out`), then trains transformer and text encoder from it.
 """
@@ -11,8 +12,8 @@ import argparse
 import itertools
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import T5EncoderModel, T5Tokenizer
 
 from realgeneral.nano.base import (
@@ -73,16 +75,17 @@ NEXT_FRAME = 0.85
 # Share of these in which text and first frame do not see each other, as the method's mask will have it: an adapter need not
 # begin by getting used to that.
 BLIND = 0.5
+LOG_EVERY = 25  # steps; the only ones that wait for a GPU
 
 
 class Model(nn.Module):
     """Transformer and text encoder, trained together."""
 
-    def __init__(self, transformer: CogVideoXTransformer3DModel, text_encoder: T5EncoderModel) -> None:
+    def __init__(self, transformer: CogVideoXTransformer3DModel, text_encoder: T5EncoderModel, device: torch.device) -> None:
         super().__init__()
-        self.transformer = transformer
-        self.text_encoder = text_encoder
-        self.rotary = {frames: rotary(frames) for frames, _ in FRAME_CHOICES}
+        self.transformer = transformer.to(device)
+        self.text_encoder = text_encoder.to(device)
+        self.rotary = {frames: tuple(table.to(device) for table in rotary(frames)) for frames, _ in FRAME_CHOICES}
 
     def forward(self, latents: Tensor, token_ids: Tensor, timestep: Tensor, blind: Tensor) -> Tensor:
         """Predict v [B, F, C, h, w] for noisy latents [B, F, C, h, w] and token ids [B, T]; `blind` [B] as in `Batch`."""
@@ -98,7 +101,7 @@ class Model(nn.Module):
 def attention_mask(blind: Tensor, text: int, frames: int) -> Tensor:
     """Who sees whom, [B, S, S] bool: all tokens see all, but text and first frame of a blind clip do not see each other."""
     frame = (LATENT_SIZE // 2) ** 2
-    kind = torch.full((text + frames * frame,), 2)
+    kind = torch.full((text + frames * frame,), 2, device=blind.device)
     kind[:text], kind[text : text + frame] = 0, 1
     apart = kind[:, None] + kind[None] == 1
     return ~(apart & blind[:, None, None])
@@ -112,7 +115,7 @@ class Diffusion:
 
     def noised(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Return x_t and the target v."""
-        abar = self.alphas_cumprod[timestep].view(-1, 1, 1, 1, 1)
+        abar = self.alphas_cumprod.to(timestep.device)[timestep].view(-1, 1, 1, 1, 1)
         a, s = abar.sqrt(), (1 - abar).sqrt()
         return a * latents + s * noise, a * noise - s * latents
 
@@ -143,50 +146,79 @@ def make_optimizers(model: Model, args: argparse.Namespace) -> list[torch.optim.
 
 @dataclass
 class Batch:
-    """Clips: latents and noise [B, F, C, h, w], time steps [B], token ids [B, T].
+    """Clips: places of their frames [B, F] (see `ClipSource`), time steps [B], token ids [B, T].
 
     `given` [B]: the first frame is clean. `blind` [B]: it is, and text and first frame do not see each other.
     """
 
-    latents: Tensor
-    noise: Tensor
+    places: Tensor
     timestep: Tensor
     token_ids: Tensor
     given: Tensor
     blind: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; DataLoader asks for it."""
+        return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
 
 
 def draw_batch(
     source: ClipSource, tokenizer: T5Tokenizer, size: int, frames: int, next_frame: float, rng: np.random.Generator
 ) -> Batch:
     """Draw a batch, `next_frame` of it with the first frame given; one caption in ten is empty."""
-    latents, captions = source.batch(size, frames, rng)
+    places, captions = source.draw(size, frames, rng)
     captions = ["" if rng.random() < 0.1 else c for c in captions]
     # Stratified, still uniform: each batch covers the whole schedule.
     strata = (np.arange(size) + rng.random(size)) / size
     timestep = torch.from_numpy(rng.permutation(strata) * 1000).long().clamp_(0, 999)
-    noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
     given = torch.from_numpy(rng.random(size) < next_frame)
     blind = given & torch.from_numpy(rng.random(size) < BLIND)
-    return Batch(latents, noise, timestep, tokenize(tokenizer, captions), given, blind)
+    return Batch(places, timestep, tokenize(tokenizer, captions), given, blind)
 
 
-def clip_loss(model: Model, diffusion: Diffusion, batch: Batch) -> Tensor:
-    """Mean squared error on v over the frames that are not given."""
-    noisy, target = diffusion.noised(batch.latents, batch.noise, batch.timestep)
-    is_given = torch.zeros(noisy.shape[:2], dtype=torch.bool)
+class TrainingBatches(IterableDataset[Batch]):
+    """Endless batches; those of a worker follow from seed, first step and worker alone."""
+
+    def __init__(self, source: ClipSource, tokenizer: T5Tokenizer, size: int, seed: int, first_step: int) -> None:
+        self.source, self.tokenizer, self.size, self.seed, self.first_step = source, tokenizer, size, seed, first_step
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = torch.utils.data.get_worker_info()
+        rng = np.random.default_rng([self.seed, self.first_step, info.id if info else 0])
+        while True:
+            frames = int(rng.choice([f for f, _ in FRAME_CHOICES], p=[p for _, p in FRAME_CHOICES]))
+            # Fewer long clips, so that a step costs about the same.
+            yield draw_batch(self.source, self.tokenizer, self.size * 2 // frames, frames, NEXT_FRAME, rng)
+
+
+def clip_loss(model: Model, diffusion: Diffusion, source: ClipSource, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Mean squared error on v over the frames that are not given; the generator's device is the one to compute on."""
+    device = generator.device
+    batch = batch.to(device)
+    latents = source.latents(batch.places).to(device)
+    noise = torch.randn(latents.shape, generator=generator, device=device)
+    noisy, target = diffusion.noised(latents, noise, batch.timestep)
+    is_given = torch.zeros(noisy.shape[:2], dtype=torch.bool, device=device)
     is_given[:, 0] = batch.given
-    noisy = torch.where(is_given[..., None, None, None], batch.latents, noisy)
-    with torch.autocast("cpu", torch.bfloat16):
+    noisy = torch.where(is_given[..., None, None, None], latents, noisy)
+    with torch.autocast(device.type, torch.bfloat16):
         predicted = model(noisy, batch.token_ids, batch.timestep, batch.blind)
-    return (predicted.float() - target).square().mean((2, 3, 4))[~is_given].mean()
+    errors = (predicted.float() - target).square().mean((2, 3, 4)) * ~is_given
+    return errors.sum() / (~is_given).sum()
 
 
 @torch.no_grad()
-def validation_loss(model: Model, diffusion: Diffusion, source: ClipSource, tokenizer: T5Tokenizer, next_frame: float) -> float:
+def validation_loss(
+    model: Model, diffusion: Diffusion, source: ClipSource, tokenizer: T5Tokenizer, next_frame: float, device: torch.device
+) -> float:
     """Loss on fixed clips, noise and time steps; `next_frame` is 0 (none) or 1 (every first frame is given)."""
-    rng = np.random.default_rng(123)
-    losses = [clip_loss(model, diffusion, draw_batch(source, tokenizer, 64, 2, next_frame, rng)) for _ in range(3)]
+    rng, generator = np.random.default_rng(123), torch.Generator(device).manual_seed(123)
+    batches = [draw_batch(source, tokenizer, 64, 2, next_frame, rng) for _ in range(3)]
+    losses = [clip_loss(model, diffusion, source, batch, generator) for batch in batches]
     return float(torch.stack(losses).mean())
 
 
@@ -195,18 +227,20 @@ class Run:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        self.device = torch.device(args.device)
         self.state_path = args.out / "base_state.pt"
         self.vae = AutoencoderKLCogVideoX.from_pretrained(args.vae, torch_dtype=torch.float32).eval()
         self.folded = fold_single_frame(AutoencoderKLCogVideoX.from_pretrained(args.vae, torch_dtype=torch.float32))
-        self.folded.eval()
-        self.source = ClipSource(
-            self._pools("train", COPIES), self._pools("icons", ("plain", "recoloured")) if args.icons else None
-        )
+        self.folded.eval().to(self.device)
+        icons = self._pools("icons", ("plain", "recoloured")) if args.icons else None
+        self.source = ClipSource(self._pools("train", COPIES), icons, self.device)
         self.validation = {split: ClipSource(self._pools(split, ("plain",))) for split in ("train", "held_out")}
         self.tokenizer = T5Tokenizer.from_pretrained(args.text / "tokenizer")
         self.model, self.average = self._make_model(), self._make_model().eval()
         if args.compile:
-            self.model.compile(dynamic=False)
+            # block by block: they are alike, so that one is compiled
+            for block in [*self.model.transformer.transformer_blocks, *self.model.text_encoder.encoder.block]:
+                block.compile(dynamic=False)
         self.ema = Ema(self.model, args.ema)
         self.optimizers = make_optimizers(self.model, args)
         self.diffusion = Diffusion()
@@ -220,15 +254,15 @@ class Run:
         paths = {copy: self.args.out / (f"{name}.npy" if copy == "plain" else f"{name}_{copy}.npy") for copy in copies}
         for copy, path in paths.items():
             if not path.with_suffix(".json").exists():
-                build_pool(self.folded, path, load_things(name, icons), entries, copy, self.args.seed)
+                build_pool(self.folded, path, load_things(name, icons), entries, copy, self.args.seed, self.args.workers)
         return {copy: Pool.open(path) for copy, path in paths.items()}
 
     def _make_model(self) -> Model:
         text_encoder = T5EncoderModel.from_pretrained(self.args.text / "text_encoder", dtype=torch.float32)
-        return Model(make_transformer(self.args.layers), text_encoder)
+        return Model(make_transformer(self.args.layers), text_encoder, self.device)
 
     def _load(self) -> None:
-        state = torch.load(self.state_path, weights_only=True)
+        state = torch.load(self.state_path, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -247,15 +281,23 @@ class Run:
         }
         save_atomic(state, self.state_path)
 
-    def report(self, loss: float, preview: bool) -> None:
-        """Log training and validation losses; export the average and sample pictures if `preview`."""
+    def log_losses(self, recent: Sequence[Tensor]) -> None:
+        """Write the mean of the latest losses; RuntimeError if one is not finite."""
+        mean = torch.stack(list(recent)).mean().item()
+        if not math.isfinite(mean):
+            raise RuntimeError(f"the loss must be finite, got {mean} in the {len(recent)} steps up to step {self.step}")
+        row = {"step": self.step, "minutes": round(self.spent / 60, 2), "loss": round(mean, 5)}
+        append_csv(self.args.out / "base_loss.csv", row)
+
+    def report(self, preview: bool) -> None:
+        """Log validation losses of the average; export it and sample pictures if `preview`."""
         self.ema.copy_to(self.average)
         row: dict[str, Any] = {"step": self.step, "minutes": round(self.spent / 60, 2)}
         for name, source in self.validation.items():
             for mode, next_frame in (("clip", 0.0), ("next_frame", 1.0)):
-                value = validation_loss(self.average, self.diffusion, source, self.tokenizer, next_frame)
+                value = validation_loss(self.average, self.diffusion, source, self.tokenizer, next_frame, self.device)
                 row[f"{name}_{mode}"] = round(value, 5)
-        log(f"loss {loss:.4f}, of the average: {row}")
+        log(f"losses of the average: {row}")
         append_csv(self.args.out / "base_eval.csv", row)
         if preview:
             self.export(self.args.out / "base_preview")
@@ -275,43 +317,44 @@ def train(run: Run) -> None:
     """Train for `--minutes` in all, then export to `--out`/base."""
     args, start = run.args, time.monotonic() - run.spent
     total = args.minutes * 60
-    rng = np.random.default_rng([args.seed, run.step])
+    dataset = TrainingBatches(run.source, run.tokenizer, args.batch, args.seed, run.step)
+    batches = iter(DataLoader(dataset, None, num_workers=args.workers, pin_memory=run.device.type == "cuda"))
+    generator = torch.Generator(run.device).manual_seed(args.seed + run.step)
     next_report, next_preview = run.spent + 60 * args.report_minutes, run.spent + 300.0
-    running = math.nan
+    recent: list[Tensor] = []
     while run.spent < total and run.step < args.steps:
         scale = warmup_cosine(run.spent / total, 0.02)
         for group in itertools.chain.from_iterable(o.param_groups for o in run.optimizers):
             group["lr"] = group["peak"] * scale
-        frames = int(rng.choice([f for f, _ in FRAME_CHOICES], p=[p for _, p in FRAME_CHOICES]))
-        # Fewer long clips, so that a step costs about the same.
-        batch = draw_batch(run.source, run.tokenizer, args.batch * 2 // frames, frames, NEXT_FRAME, rng)
-        loss = clip_loss(run.model, run.diffusion, batch)
-        for optimizer in run.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        for optimizer in run.optimizers:
-            optimizer.step()
-        run.ema.update(run.model)
+        recent.append(training_step(run, next(batches), generator))
         run.step += 1
         run.spent = time.monotonic() - start
-        value = loss.item()
-        if not math.isfinite(value):
-            raise RuntimeError(f"the loss must be finite, got {value} at step {run.step}")
-        running = value if math.isnan(running) else running * 0.98 + 0.02 * value
-        if run.step % 25 == 0:
-            row = {"step": run.step, "minutes": round(run.spent / 60, 2), "loss": round(running, 5)}
-            append_csv(args.out / "base_loss.csv", row)
+        if run.step % LOG_EVERY == 0:
+            run.log_losses(recent)
+            recent.clear()
         if run.spent > next_report:
             next_report = run.spent + 60 * args.report_minutes
             preview = run.spent > next_preview
             if preview:
                 next_preview = run.spent + 60 * args.preview_minutes
-            run.report(running, preview)
+            run.report(preview)
             run.checkpoint()
     run.checkpoint()
-    run.report(running, preview=False)
+    run.report(preview=False)
     run.export(args.out / "base")
+
+
+def training_step(run: Run, batch: Batch, generator: torch.Generator) -> Tensor:
+    """One update; returns the loss, which nothing has waited for."""
+    loss = clip_loss(run.model, run.diffusion, run.source, batch, generator)
+    for optimizer in run.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    for optimizer in run.optimizers:
+        optimizer.step()
+    run.ema.update(run.model)
+    return loss.detach()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -332,6 +375,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--muon-lr", type=float, default=3e-3, help="Muon's peak, scaled to AdamW's update size")
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that render pools and draw clips (0: this one)")
     parser.add_argument("--compile", action="store_true", help="torch.compile, where it is faster")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--export-only", action="store_true", help="with --resume: export the last checkpoint")

@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.runtime.interpreter import InterpretedFunction
+
 from benchmarks import launch_writer, tune
+from benchmarks.builders import Builders
 from benchmarks.shapes import Shape
 from benchmarks.tune import TARGETS, Bench, Target, difference, is_faster, launched_as, neighbours, search
 from rgkernels._triton.launch_data import LAUNCHES, MEASURED
@@ -71,6 +75,22 @@ def test_the_lucky_one_is_timed_again() -> None:
 
     timer = FakeTimer(ms)
     assert run_search(timer).best == CURRENT
+
+
+def test_a_round_is_handed_over_before_it_is_looked_at() -> None:
+    """Once per round, and exactly those launches that are then looked at, in their order."""
+    events: list[Any] = []
+    timer = FakeTimer(lambda x: 1.0 - 0.2 * (x.tail == 16) - 0.3 * (x.tail == 16 and x.num_stages == 4))
+    outcome = search(
+        TARGET, CURRENT, lambda x: not events.append(x), timer, lambda: True, lambda found: events.append(list(found))
+    )
+    rounds = [i for i, event in enumerate(events) if isinstance(event, list)]
+    assert outcome.best == CURRENT._replace(tail=16, num_stages=4) and len(rounds) >= 3
+    for start, stop in zip(rounds, [*rounds[1:], len(events)], strict=True):
+        assert events[start + 1 : stop] == events[start]
+    assert outcome.looked_at == len(events) - len(rounds)
+    # no time: nothing is handed over
+    search(TARGET, CURRENT, lambda x: True, timer, lambda: False, lambda found: pytest.fail("time is up"))
 
 
 def test_refused_launches_are_never_timed() -> None:
@@ -143,6 +163,58 @@ def test_candidates_are_checked_for_real(kernel: str, monkeypatch: pytest.Monkey
     bench.calls = [lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal memory access was encountered"))]
     with pytest.raises(RuntimeError, match="CUDA error"):
         bench.accept(other)
+
+
+def test_workers_compile_and_run_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel of a target is asked for, none is run, and the inputs of one target at a time are kept."""
+    launched: list[tuple[int, bool]] = []
+    run = InterpretedFunction.run
+
+    def watched(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        launched.append((kwargs["num_warps"], warmup))
+        return run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", watched)
+    monkeypatch.setattr(tune, "default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(tune, "_bench", {})
+    monkeypatch.setattr(tune, "DTYPE", torch.float16)
+    monkeypatch.setitem(tune.SHAPES, "tiny", Shape("tiny", heads=2, head_dim=64, text=5, image=9))
+    getitem = tune.KernelInterface.__getitem__
+    for target in (TARGETS[1]._replace(shapes=("tiny",)), TARGETS[4]._replace(size=128, shapes=("tiny", "tiny"))):
+        launched.clear()
+        launch = find(target.kernel, "interpreter", torch.float16, target.size)
+        for num_warps in (16, 2):
+            tune.build(target, launch._replace(num_warps=num_warps))
+            assert [warps for warps, _ in launched].count(num_warps) >= len(target.shapes)
+        assert all(warmup for _, warmup in launched)
+        assert list(tune._bench) == [target]
+    assert tune.KernelInterface.__getitem__ is getitem
+
+
+def test_rounds_are_built_in_half_of_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent hands its workers this target's launches, and time for looking at them remains."""
+    handed: list[Any] = []
+
+    class FakeBuilders(Builders):
+        def run(self, work: Any, items: Any, until: float) -> None:
+            handed.append((work, list(items), until - time.monotonic()))
+
+    class FakeBench:
+        def __init__(self, target: Target, device: torch.device) -> None:
+            self.key, self.current = ("sm_90", "half", 4096), find(target.kernel, "sm_90", torch.bfloat16, target.size)
+            self.times = FakeTimer(lambda launch: 1.0)
+
+        def accept(self, launch: Launch) -> bool:
+            return True
+
+    monkeypatch.setattr(tune, "Bench", FakeBench)
+    monkeypatch.setattr(tune, "Builders", FakeBuilders)
+    tune.tune([TARGETS[3]], 1.0, tmp_path / "launch_data.py", torch.device("cpu"), workers=0)
+    [(work, items, seconds)] = handed
+    assert work is tune.build and 25 < seconds <= 30
+    assert items == [
+        (TARGETS[3], launch) for launch in neighbours(TARGETS[3], find("adaln_bwd", "sm_90", torch.bfloat16, 4096))
+    ]
 
 
 def test_tunes_a_kernel_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +337,7 @@ def test_commands_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch:
     listed = capsys.readouterr().out
     assert listed.count("candidates") == 2
     assert "current RowTile(block_s=2, num_warps=4)" in listed
-    for arguments in (["--minutes", "0"], ["--minutes", "nan"], ["--op", "none"]):
+    for arguments in (["--minutes", "0"], ["--minutes", "nan"], ["--op", "none"], ["--workers", "-1"]):
         with pytest.raises(SystemExit) as stop:
             tune.main(arguments)
         assert stop.value.code == 2

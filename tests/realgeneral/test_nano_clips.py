@@ -21,7 +21,8 @@ def pool(entries: Entries, copy: int, words: dict[str, str], concepts: list[str]
     latents[:, :, 1, 0, 0] = np.arange(rows)[:, None]
     latents[:, :, 2, 0, 0] = np.arange(entries.count)
     motions = np.zeros((rows, len(entries.styles), entries.motions), int)
-    return Pool(latents, motions, [f"thing {i}" for i in range(rows)], [words] * rows, concepts)
+    colours = [dict.fromkeys(entries.coloured, "red blue")] * rows
+    return Pool(latents, motions, [f"thing {i}" for i in range(rows)], [words] * rows, concepts, colours)
 
 
 @pytest.fixture
@@ -44,11 +45,15 @@ def test_clips_stay_with_one_thing(source: ClipSource, frames: int) -> None:
         if copies == {0, 10}:
             redrawn += 1
             assert rows <= {0, CONCEPTS - 1}
-            assert caption.startswith(f"thing {CONCEPTS - 1}, ")
+            assert caption.startswith((f"thing {CONCEPTS - 1}, ", "emoji, "))
         else:
             assert len(copies) == len(rows) == 1
-            assert caption.startswith(f"thing {int(clip[0, 1])}, ")
+            assert caption.startswith((f"thing {int(clip[0, 1])}, ", "emoji, ", "icon, "))
+            if "red blue" in caption:
+                assert not any(words in caption for words in (" from ", "black line icon", *KIND_WORDS.values()))
     assert redrawn > 30
+    assert 100 < sum("red blue" in caption for caption in captions) < 300
+    assert 100 < sum(caption.startswith(("emoji", "icon")) for caption in captions) < 300
     assert set(latents[:, 0, 0].flatten().tolist()) == {0, 1, 2, 10, 12}
 
 
