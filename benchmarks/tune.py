@@ -4,7 +4,7 @@
     python -m benchmarks.tune --op attn_fwd adaln_bwd ...                     these kernels only
     python -m benchmarks.tune --dry-run                                       list what would be tried; needs no GPU
 
-Coordinate search: all launches that differ from the best one in one field (or one coupled pair) are built, compared with the
+Coordinate search: all launches that differ from the best one in one field (or some coupled ones) are built, compared with the
 current launch's results, and timed in turns with it; the best of them is the next start. A launch that does not compile, spills
 registers or disagrees is left out. The current launch stays unless another is faster by more than the spread, at every shape of
 its size class. FILE is complete after each kernel, so a run that is cut off leaves what it found: review it, copy it over
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import itertools
 import math
 import os
 import signal
@@ -60,14 +61,14 @@ VALUES: dict[type, dict[str, tuple[int | None, ...]]] = {
         "programs_per_sm": (1, 2, 3, 4, 6),
     },
     ScoreTile: {
-        "block_m": (32, 64, 128), "block_n": (32, 64, 128), "tail": (16, 32, 64), "num_warps": (4, 8), "num_stages": (2, 3, 4),
+        "block_m": (32, 64, 128, 256), "block_n": (32, 64, 128, 256), "tail": (16, 32, 64), "num_warps": (4, 8), "num_stages": (2, 3, 4),
         "maxnreg": (None, 128, 168, 255),
     },
 }  # fmt: skip
 # fields that only make sense together
-COUPLED: dict[type, tuple[tuple[str, str], ...]] = {
+COUPLED: dict[type, tuple[tuple[str, ...], ...]] = {
     RowLoop: (("num_warps", "maxnreg"), ("num_warps", "programs_per_sm")),
-    ScoreTile: (("block_m", "num_warps"), ("block_n", "num_stages")),
+    ScoreTile: (("block_m", "block_n", "num_warps"), ("block_n", "num_stages"), ("num_warps", "maxnreg")),
 }
 
 Spread = tuple[float, float, float]  # milliseconds: 20th percentile, median, 80th
@@ -112,11 +113,12 @@ TARGETS = (
 
 
 def neighbours(target: Target, launch: Launch) -> list[Launch]:
-    """All launches that differ in one field or in a coupled pair, without those that cannot be meant."""
+    """All launches that differ in one field or in coupled ones, without those that cannot be meant."""
     values = {name: found for name, found in VALUES[type(launch)].items() if name not in target.idle}
     found = [launch._replace(**{name: value}) for name, options in values.items() for value in options]
-    for one, other in COUPLED.get(type(launch), ()):
-        found += [launch._replace(**{one: a, other: b}) for a in values[one] for b in values[other]]
+    for names in COUPLED.get(type(launch), ()):
+        combinations = itertools.product(*(values[name] for name in names))
+        found += [launch._replace(**dict(zip(names, chosen, strict=True))) for chosen in combinations]
     return [other for other in dict.fromkeys(found) if other != launch and _sensible(target, other)]
 
 

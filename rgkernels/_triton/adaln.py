@@ -134,7 +134,8 @@ def _backward(
         needs = needs._replace(shift=False, scale=False, weight=False, bias=False)
     if not any(needs) or (dres is None and dnormed is None):
         return [None] * len(needs)
-    grads = iter(torch.ops.rgkernels.adaln_backward(dres, dnormed, *saved, lengths, needs))
+    # a plain list: torch.compile of torch 2.11 does not pass a named tuple on
+    grads = iter(torch.ops.rgkernels.adaln_backward(dres, dnormed, *saved, lengths, [*needs]))
     return [next(grads) if wanted else None for wanted in needs]
 
 

@@ -23,6 +23,7 @@ from rgkernels._triton.attention_tiles import (
     load_range,
     load_rows,
     load_tile,
+    scores,
     sizes,
     store_rows,
     strides,
@@ -38,7 +39,7 @@ TINY_SCALE = torch.finfo(torch.float32).tiny
 @triton.jit
 def _softmax_step(q, k, v, mask_n, row_max, row_sum, acc, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """Add one key tile to the running maximum, sum and output of the online softmax."""
-    qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    qk = scores(q, k, PRECISION)
     if MASKED:
         qk = tl.where(mask_n[None, :], qk, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(qk, 1))

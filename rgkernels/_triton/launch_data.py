@@ -21,6 +21,8 @@ LAUNCHES: dict[str, dict[Key, tuple[int | None, ...]]] = {
         ("any", "any", 8192): (1, 8),
         ("any", "any", 16384): (1, 16),
         ("any", "any", 1048576): (1, 32),
+        ("sm_90", "half", 4096): (2, 4),
+        ("sm_90", "half", 2048): (2, 4),
     },
     # block_s, num_warps, num_stages, programs_per_sm, maxnreg
     "adaln_bwd": {
@@ -33,6 +35,8 @@ LAUNCHES: dict[str, dict[Key, tuple[int | None, ...]]] = {
         ("any", "any", 8192): (1, 16, 3, 1, None),
         ("any", "any", 1048576): (1, 32, 3, 1, None),
         ("sm_100", "any", 4096): (1, 16, 3, 1, None),
+        ("sm_90", "half", 4096): (1, 8, 3, 1, 128),
+        ("sm_90", "half", 2048): (1, 8, 3, 2, None),
     },
     # block_p, block_c, num_warps
     "adaln_bwd_reduce": {
@@ -46,11 +50,13 @@ LAUNCHES: dict[str, dict[Key, tuple[int | None, ...]]] = {
     "qk_norm_rope_fwd": {
         ("any", "any", 64): (2048, 16, 8, 1, 1),
         ("any", "any", 1048576): (2048, 16, 8, 1, 1),
+        ("sm_90", "half", 64): (2048, 16, 4, 1, 1),
     },
     # elements, max_heads, num_warps, num_stages, programs_per_sm
     "qk_norm_rope_bwd": {
         ("any", "any", 64): (2048, 16, 8, 2, 3),
         ("any", "any", 1048576): (2048, 16, 8, 2, 3),
+        ("sm_90", "half", 64): (2048, 16, 4, 2, 3),
     },
     # elements, max_heads, num_warps, num_stages, programs_per_sm
     "qk_norm_rope_bwd_trained": {
@@ -67,7 +73,7 @@ LAUNCHES: dict[str, dict[Key, tuple[int | None, ...]]] = {
         ("sm_80", "half", 64): (128, 64, 32, 8, 3, None),
         ("sm_80", "half", 128): (128, 32, 16, 8, 3, None),
         ("sm_90", "half", 32): (128, 64, 32, 8, 3, None),
-        ("sm_90", "half", 64): (128, 64, 32, 8, 3, 128),
+        ("sm_90", "half", 64): (128, 128, 32, 8, 3, 128),
         ("sm_90", "half", 128): (128, 64, 32, 8, 3, None),
         ("sm_100", "half", 32): (128, 64, 32, 8, 3, None),
         ("sm_100", "half", 64): (128, 64, 32, 8, 3, None),
@@ -91,7 +97,7 @@ LAUNCHES: dict[str, dict[Key, tuple[int | None, ...]]] = {
         ("sm_80", "half", 64): (32, 128, 16, 8, 3, None),
         ("sm_80", "half", 128): (64, 64, 16, 8, 2, None),
         ("sm_90", "half", 32): (64, 128, 32, 8, 3, None),
-        ("sm_90", "half", 64): (64, 128, 32, 8, 3, None),
+        ("sm_90", "half", 64): (32, 128, 32, 8, 3, None),
         ("sm_90", "half", 128): (32, 64, 16, 8, 2, None),
         ("sm_100", "half", 32): (64, 64, 16, 4, 3, 168),
         ("sm_100", "half", 64): (64, 128, 32, 8, 2, None),
@@ -99,7 +105,7 @@ LAUNCHES: dict[str, dict[Key, tuple[int | None, ...]]] = {
         ("gfx942", "half", 32): (32, 64, 16, 4, 1, None),
         ("gfx942", "half", 64): (64, 64, 16, 4, 1, None),
         ("gfx942", "half", 128): (32, 64, 16, 4, 1, None),
-        ("any", "float32", 32): (16, 32, 16, 4, 1, 255),
+        ("any", "float32", 32): (32, 32, 16, 4, 1, 255),
         ("any", "float32", 64): (16, 32, 16, 4, 1, 255),
         ("any", "float32", 128): (16, 16, 16, 4, 1, 255),
         ("gfx942", "float32", 32): (32, 32, 16, 4, 1, None),
@@ -123,8 +129,8 @@ LAUNCHES: dict[str, dict[Key, tuple[int | None, ...]]] = {
         ("gfx942", "half", 32): (64, 64, 16, 4, 1, None),
         ("gfx942", "half", 64): (64, 64, 16, 4, 1, None),
         ("gfx942", "half", 128): (64, 64, 16, 4, 1, None),
-        ("any", "float32", 32): (32, 16, 16, 4, 1, 255),
-        ("any", "float32", 64): (32, 16, 16, 4, 1, 255),
+        ("any", "float32", 32): (32, 32, 16, 4, 1, 255),
+        ("any", "float32", 64): (32, 32, 16, 4, 1, 255),
         ("any", "float32", 128): (16, 16, 16, 4, 1, 255),
         ("gfx942", "float32", 32): (32, 32, 16, 4, 1, None),
         ("gfx942", "float32", 64): (32, 32, 16, 4, 1, None),
@@ -140,4 +146,136 @@ LAUNCHES: dict[str, dict[Key, tuple[int | None, ...]]] = {
 }
 
 # milliseconds are medians: of the row before, and of this row
-MEASURED: dict[str, dict[Key, dict[str, Any]]] = {}
+MEASURED: dict[str, dict[Key, dict[str, Any]]] = {
+    "attn_fwd": {
+        ("sm_90", "half", 64): {
+            "launch_before": (128, 64, 32, 8, 3, 128),
+            "ms_before_after": {
+                "5b-480x720-b1": (0.28198, 0.25918),
+                "5b-1024x1024-b1": (2.02835, 1.82046),
+            },
+            "looked_at": 28,
+            "device": "NVIDIA H100 80GB HBM3",
+            "versions": "driver 580.159.04, CUDA 13.0, torch 2.11.0+cu130, Triton 3.6.0",
+            "commit": "fdd97fc46f0e97594ea2dbd6e720e97086072880",
+            "dirty": True,
+            "date": "2026-11-26T15:02:28+00:00",
+        },
+    },
+    "attn_bwd_dkdv": {
+        ("sm_90", "half", 64): {
+            "launch_before": (64, 128, 32, 8, 3, None),
+            "ms_before_after": {
+                "5b-480x720-b1": (0.63442, 0.55288),
+                "5b-1024x1024-b1": (4.6151, 3.78736),
+            },
+            "looked_at": 30,
+            "device": "NVIDIA H100 80GB HBM3",
+            "versions": "driver 580.159.04, CUDA 13.0, torch 2.11.0+cu130, Triton 3.6.0",
+            "commit": "fdd97fc46f0e97594ea2dbd6e720e97086072880",
+            "dirty": True,
+            "date": "2026-11-26T15:02:41+00:00",
+        },
+    },
+    "attn_bwd_dq": {
+        ("sm_90", "half", 64): {
+            "launch_before": (128, 64, 32, 8, 3, 128),
+            "ms_before_after": {
+                "5b-480x720-b1": (0.30714, 0.30714),
+                "5b-1024x1024-b1": (2.07104, 2.07104),
+            },
+            "looked_at": 18,
+            "device": "NVIDIA H100 80GB HBM3",
+            "versions": "driver 580.159.04, CUDA 13.0, torch 2.11.0+cu130, Triton 3.6.0",
+            "commit": "fdd97fc46f0e97594ea2dbd6e720e97086072880",
+            "dirty": True,
+            "date": "2026-11-26T15:02:45+00:00",
+        },
+    },
+    "adaln_bwd": {
+        ("sm_90", "half", 4096): {
+            "launch_before": (1, 8, 3, 2, 128),
+            "ms_before_after": {
+                "5b-480x720-b1": (0.0508, 0.05112),
+                "5b-1024x1024-b1": (0.12667, 0.11784),
+            },
+            "looked_at": 45,
+            "device": "NVIDIA H100 80GB HBM3",
+            "versions": "driver 580.159.04, CUDA 13.0, torch 2.11.0+cu130, Triton 3.6.0",
+            "commit": "fdd97fc46f0e97594ea2dbd6e720e97086072880",
+            "dirty": True,
+            "date": "2026-11-26T15:02:48+00:00",
+        },
+        ("sm_90", "half", 2048): {
+            "launch_before": (1, 8, 3, 2, None),
+            "ms_before_after": {
+                "2b-480x720-b1": (0.03928, 0.03928),
+                "2b-1024x1024-b1": (0.08251, 0.08251),
+            },
+            "looked_at": 28,
+            "device": "NVIDIA H100 80GB HBM3",
+            "versions": "driver 580.159.04, CUDA 13.0, torch 2.11.0+cu130, Triton 3.6.0",
+            "commit": "fdd97fc46f0e97594ea2dbd6e720e97086072880",
+            "dirty": True,
+            "date": "2026-11-26T15:02:58+00:00",
+        },
+    },
+    "adaln_fwd": {
+        ("sm_90", "half", 4096): {
+            "launch_before": (2, 4),
+            "ms_before_after": {
+                "5b-480x720-b1": (0.03005, 0.03005),
+                "5b-1024x1024-b1": (0.07482, 0.07482),
+            },
+            "looked_at": 6,
+            "device": "NVIDIA H100 80GB HBM3",
+            "versions": "driver 580.159.04, CUDA 13.0, torch 2.11.0+cu130, Triton 3.6.0",
+            "commit": "fdd97fc46f0e97594ea2dbd6e720e97086072880",
+            "dirty": True,
+            "date": "2026-11-26T15:02:51+00:00",
+        },
+        ("sm_90", "half", 2048): {
+            "launch_before": (2, 4),
+            "ms_before_after": {
+                "2b-480x720-b1": (0.02061, 0.02061),
+                "2b-1024x1024-b1": (0.04867, 0.04867),
+            },
+            "looked_at": 6,
+            "device": "NVIDIA H100 80GB HBM3",
+            "versions": "driver 580.159.04, CUDA 13.0, torch 2.11.0+cu130, Triton 3.6.0",
+            "commit": "fdd97fc46f0e97594ea2dbd6e720e97086072880",
+            "dirty": True,
+            "date": "2026-11-26T15:02:59+00:00",
+        },
+    },
+    "qk_norm_rope_bwd": {
+        ("sm_90", "half", 64): {
+            "launch_before": (2048, 16, 8, 2, 3),
+            "ms_before_after": {
+                "5b-480x720-b1": (0.04859, 0.0465),
+                "5b-1024x1024-b1": (0.12226, 0.1172),
+            },
+            "looked_at": 22,
+            "device": "NVIDIA H100 80GB HBM3",
+            "versions": "driver 580.159.04, CUDA 13.0, torch 2.11.0+cu130, Triton 3.6.0",
+            "commit": "fdd97fc46f0e97594ea2dbd6e720e97086072880",
+            "dirty": True,
+            "date": "2026-11-26T15:02:54+00:00",
+        },
+    },
+    "qk_norm_rope_fwd": {
+        ("sm_90", "half", 64): {
+            "launch_before": (2048, 16, 8, 1, 1),
+            "ms_before_after": {
+                "5b-480x720-b1": (0.03251, 0.03098),
+                "5b-1024x1024-b1": (0.08189, 0.07704),
+            },
+            "looked_at": 10,
+            "device": "NVIDIA H100 80GB HBM3",
+            "versions": "driver 580.159.04, CUDA 13.0, torch 2.11.0+cu130, Triton 3.6.0",
+            "commit": "fdd97fc46f0e97594ea2dbd6e720e97086072880",
+            "dirty": True,
+            "date": "2026-11-26T15:02:56+00:00",
+        },
+    },
+}

@@ -78,8 +78,9 @@ class _QKNormRope(torch.autograd.Function):
             needs = needs._replace(k=False, k_weight=False, k_bias=False)
         if not any(needs):
             return (None,) * 10
+        # a plain list: torch.compile of torch 2.11 does not pass a named tuple on
         grads = iter(
-            torch.ops.rgkernels.qk_norm_rope_backward(dq_out, dk_out, *ctx.saved_tensors, ctx.rope_start, ctx.eps, needs)
+            torch.ops.rgkernels.qk_norm_rope_backward(dq_out, dk_out, *ctx.saved_tensors, ctx.rope_start, ctx.eps, [*needs])
         )
         return *(next(grads) if wanted else None for wanted in needs), None, None, None, None
 
