@@ -61,8 +61,8 @@ VALUES: dict[type, dict[str, tuple[int | None, ...]]] = {
         "programs_per_sm": (1, 2, 3, 4, 6),
     },
     ScoreTile: {
-        "block_m": (32, 64, 128, 256), "block_n": (32, 64, 128, 256), "tail": (16, 32, 64), "num_warps": (4, 8), "num_stages": (2, 3, 4),
-        "maxnreg": (None, 128, 168, 255),
+        "block_m": (32, 64, 128, 256), "block_n": (32, 64, 128, 256), "tail": (16, 32, 64), "num_warps": (4, 8),
+        "num_stages": (2, 3, 4), "maxnreg": (None, 128, 168, 255),
     },
 }  # fmt: skip
 # fields that only make sense together
