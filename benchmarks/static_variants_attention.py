@@ -6,6 +6,7 @@ Targets are assumed, not present: the launch table is asked for the target's row
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import subprocess
 import tempfile
@@ -65,7 +66,7 @@ def attention_launches(target: str, head_dim: int, dtype: torch.dtype, *, tma: b
     """
     q, k, v, do, o = torch.zeros((2, sum(PROBLEM.lengths), 5, 3, head_dim), dtype=dtype).transpose(1, 3).unbind(2)
     lse = torch.zeros(q.shape[:3])
-    answers: dict[str, Any] = {"precision": _tf32 if tf32 else _ieee}
+    answers: dict[str, Any] = {"precision": functools.partial(_precision, target=target, tf32=tf32)}
     if not tma:
         answers["_describable"] = lambda x: False
     with record_launches(architecture=target) as launches, _assume(**answers):
@@ -74,12 +75,11 @@ def attention_launches(target: str, head_dim: int, dtype: torch.dtype, *, tma: b
     return launches
 
 
-def _tf32(x: torch.Tensor) -> str:
-    return "tf32" if x.dtype == torch.float32 else "ieee"
-
-
-def _ieee(x: torch.Tensor) -> str:
-    return "ieee"
+def _precision(x: torch.Tensor, target: str, tf32: bool) -> str:
+    """What `attention_tiles.precision` would say on the target."""
+    if x.dtype != torch.float32 or not target.startswith("sm"):
+        return "ieee"
+    return "tf32" if tf32 else "tf32x3"
 
 
 @contextlib.contextmanager

@@ -35,9 +35,14 @@ def padded(head_dim: int) -> int:
 
 
 def precision(x: Tensor) -> str:
-    """How float32 matrix products run: exactly, unless torch's own setting allows TF32. Half precision has no choice."""
-    tf32 = x.dtype == torch.float32 and torch.version.hip is None and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
+    """How float32 matrix products run: as TF32 where torch's own setting allows it. Half precision has no choice.
+
+    Else as three TF32 products of high and low parts, as PyTorch's attention does: nearer to the truth than one chain of
+    float32 multiply-adds ("ieee") as long as a head, or as the keys are many.
+    """
+    if x.dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
 def use_tma(*tensors: Tensor) -> bool:
@@ -83,22 +88,6 @@ def sizes(x: Tensor, tiles: ScoreTile) -> dict[str, Any]:
         "PRECISION": precision(x),
         **tiles.options(),
     }
-
-
-@triton.jit
-def scores(a, b, PRECISION: tl.constexpr):
-    """a @ b^T of [M, D] and [N, D] tiles.
-
-    Exact float32 products are added up in one chain of multiply-adds per score, whose rounding grows with its length; where all
-    products are alike, as large scores make them, two chains are needed to be as near to the truth as PyTorch.
-    """
-    if a.dtype == tl.float32 and PRECISION == "ieee":
-        even_a, odd_a = tl.split(tl.reshape(a, (a.shape[0], a.shape[1] // 2, 2)))
-        even_b, odd_b = tl.split(tl.reshape(b, (b.shape[0], b.shape[1] // 2, 2)))
-        even = tl.dot(even_a, tl.trans(even_b), input_precision=PRECISION)
-        return even + tl.dot(odd_a, tl.trans(odd_b), input_precision=PRECISION)
-    else:
-        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
 
 
 @triton.jit
