@@ -39,8 +39,8 @@ TINY_SCALE = torch.finfo(torch.float32).tiny
 def _scores(q, k, PRECISION: tl.constexpr):
     """q @ k^T.
 
-    Tensor cores cut off what does not fit when they add up. In float32 that moves scores far from 0 all to one side, and lse with
-    them; two sums of half the size lose a quarter as much. Heads of more than 64 have no registers for it.
+    Tensor cores cut off what does not fit when they add up. In float32 that moves scores far from 0 all to one side, and lse
+    with them; two sums of half the size lose a quarter as much. Heads of more than 64 have no registers for it.
     """
     if PRECISION == "tf32x3" and q.shape[1] <= 64:
         even_q, odd_q = tl.split(tl.reshape(q, (q.shape[0], q.shape[1] // 2, 2)))

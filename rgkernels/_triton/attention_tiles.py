@@ -40,7 +40,7 @@ def precision(x: Tensor) -> str:
     Else as three TF32 products of high and low parts, as PyTorch's attention does: nearer to the truth than one chain of
     float32 multiply-adds ("ieee") as long as a head, or as the keys are many.
     """
-    if x.dtype != torch.float32 or torch.version.hip is not None:
+    if x.dtype != torch.float32 or x.device.type != "cuda" or torch.version.hip is not None:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
