@@ -46,7 +46,7 @@ COLOUR_STYLES = ("flat", "3d", "noto")
 RECOLOURINGS = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 STAGES = (1 / 3, 2 / 3, 1.0)
 COPIES = ("plain", "mirrored", "recoloured")
-ROWS_AT_ONCE = 8  # rows that are encoded together
+PICTURES_AT_ONCE = 512  # encoded together
 
 
 @dataclass(frozen=True)
@@ -177,16 +177,20 @@ def render_row(numbered: tuple[int, Thing], entries: Entries, copy: str, seed: i
     return Row(pictures, motions.tolist(), colours)
 
 
-def render_rows(things: Sequence[Thing], entries: Entries, copy: str, seed: int, workers: int) -> Iterator[Row]:
-    """All rows in order, rendered by `workers` processes, or here with 0."""
-    render = partial(render_row, entries=entries, copy=copy, seed=seed)
-    if workers == 0:
-        yield from map(render, enumerate(things))
-        return
-    # not forked: this process has threads, and perhaps a GPU
+def renderers(workers: int) -> ProcessPoolExecutor:
+    """Processes for `build_pool`; not forked, since this one has threads and perhaps a GPU."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as processes:
-        yield from processes.map(render, enumerate(things), chunksize=ROWS_AT_ONCE)
+    return ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def render_rows(
+    things: Sequence[Thing], entries: Entries, copy: str, seed: int, processes: ProcessPoolExecutor | None = None
+) -> Iterator[Row]:
+    """All rows in order, rendered by processes if there are some."""
+    render = partial(render_row, entries=entries, copy=copy, seed=seed)
+    if processes is None:
+        return map(render, enumerate(things))
+    return processes.map(render, enumerate(things), chunksize=8)
 
 
 @torch.no_grad()
@@ -197,12 +201,13 @@ def build_pool(
     entries: Entries,
     copy: str,
     seed: int,
-    workers: int = 0,
+    processes: ProcessPoolExecutor | None = None,
 ) -> None:
     """Encode a copy with the folded VAE: `path`, fp16 [N, entries, C, 16, 16], and beside it a .json of what the rows are."""
     tmp = path.with_suffix(".tmp.npy")
     pool: np.memmap | None = None
-    rows = render_rows(things, entries, copy, seed, workers)
+    rows = render_rows(things, entries, copy, seed, processes)
+    at_once = max(1, PICTURES_AT_ONCE // entries.count)
     meta: dict[str, list[Any]] = {
         "names": [thing.name for thing in things],
         "words": [thing.words for thing in things],
@@ -210,8 +215,8 @@ def build_pool(
         "motions": [],
         "colours": [],
     }
-    for start in range(0, len(things), ROWS_AT_ONCE):
-        some = list(itertools.islice(rows, ROWS_AT_ONCE))
+    for start in range(0, len(things), at_once):
+        some = list(itertools.islice(rows, at_once))
         latents = _encode(vae, np.concatenate([row.pictures for row in some])).reshape(len(some), entries.count, -1, 16, 16)
         if pool is None:
             pool = np.lib.format.open_memmap(tmp, "w+", np.float16, (len(things), *latents.shape[1:]))

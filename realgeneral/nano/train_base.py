@@ -9,10 +9,12 @@ Encodes pools of latents once (about 1.4 GB in `--out`), then trains transformer
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,7 @@ from realgeneral.nano.common import (
     seed_everything,
     warmup_cosine,
 )
-from realgeneral.nano.latents import COPIES, EMOJI, ICONS, Pool, build_pool, load_things
+from realgeneral.nano.latents import COPIES, EMOJI, ICONS, Pool, build_pool, load_things, renderers
 from realgeneral.vae import fold_single_frame
 
 # The second half names concepts that training never saw.
@@ -232,9 +234,11 @@ class Run:
         self.vae = AutoencoderKLCogVideoX.from_pretrained(args.vae, torch_dtype=torch.float32).eval()
         self.folded = fold_single_frame(AutoencoderKLCogVideoX.from_pretrained(args.vae, torch_dtype=torch.float32))
         self.folded.eval().to(self.device)
-        icons = self._pools("icons", ("plain", "recoloured")) if args.icons else None
-        self.source = ClipSource(self._pools("train", COPIES), icons, self.device)
-        self.validation = {split: ClipSource(self._pools(split, ("plain",))) for split in ("train", "held_out")}
+        with renderers(args.workers) if args.workers else contextlib.nullcontext() as processes:
+            train, held_out = self._pools("train", COPIES, processes), self._pools("held_out", ("plain",), processes)
+            icons = self._pools("icons", ("plain", "recoloured"), processes) if args.icons else None
+        self.source = ClipSource(train, icons, self.device)
+        self.validation = {"train": ClipSource({"plain": train["plain"]}), "held_out": ClipSource(held_out)}
         self.tokenizer = T5Tokenizer.from_pretrained(args.text / "tokenizer")
         self.model, self.average = self._make_model(), self._make_model().eval()
         if args.compile:
@@ -248,18 +252,20 @@ class Run:
         if args.resume and self.state_path.exists():
             self._load()
 
-    def _pools(self, name: str, copies: Sequence[str]) -> dict[str, Pool]:
+    def _pools(self, name: str, copies: Sequence[str], processes: ProcessPoolExecutor | None) -> dict[str, Pool]:
         """Copies of a pool, encoded if they are not there yet."""
         icons, entries = (self.args.icons, ICONS) if name == "icons" else (None, EMOJI)
         paths = {copy: self.args.out / (f"{name}.npy" if copy == "plain" else f"{name}_{copy}.npy") for copy in copies}
         for copy, path in paths.items():
             if not path.with_suffix(".json").exists():
-                build_pool(self.folded, path, load_things(name, icons), entries, copy, self.args.seed, self.args.workers)
+                build_pool(self.folded, path, load_things(name, icons), entries, copy, self.args.seed, processes)
         return {copy: Pool.open(path) for copy, path in paths.items()}
 
     def _make_model(self) -> Model:
         text_encoder = T5EncoderModel.from_pretrained(self.args.text / "text_encoder", dtype=torch.float32)
-        return Model(make_transformer(self.args.layers), text_encoder, self.device)
+        start = self.args.transformer
+        transformer = CogVideoXTransformer3DModel.from_pretrained(start) if start else make_transformer(self.args.layers)
+        return Model(transformer, text_encoder, self.device)
 
     def _load(self) -> None:
         state = torch.load(self.state_path, map_location=self.device, weights_only=True)
@@ -362,6 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--vae", type=Path, default=BASE / "vae")
     parser.add_argument("--text", type=Path, default=BASE, help="holds text_encoder/ and tokenizer/")
+    parser.add_argument("--transformer", type=Path, help="go on with this one instead of a fresh one")
     parser.add_argument("--icons", type=Path, help="icons.parquet of realgeneral.nano.icons: half of the clips are of these")
     parser.add_argument("--out", type=Path, required=True, help="receives the pools, checkpoints and base/")
     parser.add_argument("--minutes", type=float, default=55.0, help="training time in all, resumed runs included")

@@ -24,6 +24,7 @@ from rgkernels._triton.attention_tiles import (
     load_rows,
     load_tile,
     padded,
+    scores,
     sizes,
     store_rows,
     strides,
@@ -87,7 +88,7 @@ def _log2_p(qk, lse, scale, scale_log2, WIDE: tl.constexpr):
 @triton.jit
 def _dkdv_step(q, do, lse, delta, k, v, dk, dv, scale, scale_log2, PRECISION: tl.constexpr):
     """Add one query tile to dk and dv. Rows that are not there have q = do = delta = 0 and lse = inf, hence p = 0."""
-    qk_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    qk_t = scores(k, q, PRECISION)
     p_t = tl.math.exp2(_log2_p(qk_t, lse[None, :], scale, scale_log2, q.dtype == tl.float32))
     dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=PRECISION)
     dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)
@@ -188,7 +189,7 @@ def _attn_bwd_dkdv_kernel(
 @triton.jit
 def _dq_step(q, do, lse, delta, k, v, mask_n, dq, scale, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """Add one key tile to dq."""
-    qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    qk = scores(q, k, PRECISION)
     log2_p = _log2_p(qk, lse[:, None], scale, scale_log2, q.dtype == tl.float32)
     if MASKED:
         # a key that is not there scores 0, and exp(0 - lse) can overflow

@@ -23,6 +23,7 @@ from rgkernels._triton.attention_tiles import (
     load_range,
     load_rows,
     load_tile,
+    scores,
     sizes,
     store_rows,
     strides,
@@ -36,25 +37,9 @@ TINY_SCALE = torch.finfo(torch.float32).tiny
 
 
 @triton.jit
-def _scores(q, k, PRECISION: tl.constexpr):
-    """q @ k^T.
-
-    Tensor cores cut off what does not fit when they add up. In float32 that moves scores far from 0 all to one side, and lse
-    with them; two sums of half the size lose a quarter as much. Heads of more than 64 have no registers for it.
-    """
-    if PRECISION == "tf32x3" and q.shape[1] <= 64:
-        even_q, odd_q = tl.split(tl.reshape(q, (q.shape[0], q.shape[1] // 2, 2)))
-        even_k, odd_k = tl.split(tl.reshape(k, (k.shape[0], k.shape[1] // 2, 2)))
-        even = tl.dot(even_q, tl.trans(even_k), input_precision=PRECISION)
-        return even + tl.dot(odd_q, tl.trans(odd_k), input_precision=PRECISION)
-    else:
-        return tl.dot(q, tl.trans(k), input_precision=PRECISION)
-
-
-@triton.jit
 def _softmax_step(q, k, v, mask_n, row_max, row_sum, acc, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """Add one key tile to the running maximum, sum and output of the online softmax."""
-    qk = _scores(q, k, PRECISION)
+    qk = scores(q, k, PRECISION)
     if MASKED:
         qk = tl.where(mask_n[None, :], qk, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(qk, 1))

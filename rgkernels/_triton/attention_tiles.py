@@ -91,6 +91,22 @@ def sizes(x: Tensor, tiles: ScoreTile) -> dict[str, Any]:
 
 
 @triton.jit
+def scores(a, b, PRECISION: tl.constexpr):
+    """a @ b^T of [M, D] and [N, D] tiles; the backward must make them as the forward did, for its lse to fit.
+
+    Tensor cores cut off what does not fit when they add up. In float32 that moves scores far from 0 all to one side, and lse
+    with them; two sums of half the size lose a quarter as much. Heads of more than 64 have no registers for it.
+    """
+    if PRECISION == "tf32x3" and a.shape[1] <= 64:
+        even_a, odd_a = tl.split(tl.reshape(a, (a.shape[0], a.shape[1] // 2, 2)))
+        even_b, odd_b = tl.split(tl.reshape(b, (b.shape[0], b.shape[1] // 2, 2)))
+        even = tl.dot(even_a, tl.trans(even_b), input_precision=PRECISION)
+        return even + tl.dot(odd_a, tl.trans(odd_b), input_precision=PRECISION)
+    else:
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
+
+
+@triton.jit
 def load_tile(tiles_ptr, tile):
     """Row `tile` of a schedule: first row, end of the rows, first range, end of the ranges."""
     ptr = tiles_ptr + 4 * tile

@@ -10,7 +10,7 @@ import pytest
 from diffusers import CogVideoXPipeline
 
 from realgeneral.nano import train_base
-from realgeneral.nano.latents import COPIES, EMOJI, load_things, render_row, render_rows
+from realgeneral.nano.latents import COPIES, EMOJI, load_things, render_row, render_rows, renderers
 
 
 @pytest.fixture
@@ -42,7 +42,9 @@ def test_trains_resumes_and_exports(few_concepts: None, tmp_path: Path, monkeypa
 def test_rows_do_not_depend_on_workers() -> None:
     """Processes render the same rows in the same order as this one, copies each in their own way."""
     things = load_things("train", None)[:3]
-    ours, theirs = (list(render_rows(things, EMOJI, "recoloured", 0, workers)) for workers in (0, 2))
+    ours = list(render_rows(things, EMOJI, "recoloured", 0))
+    with renderers(2) as processes:
+        theirs = list(render_rows(things, EMOJI, "recoloured", 0, processes))
     for one, two in zip(ours, theirs, strict=True):
         assert np.array_equal(one.pictures, two.pictures)
         assert (one.motions, one.colours) == (two.motions, two.colours)
