@@ -264,7 +264,11 @@ class Run:
     def _make_model(self) -> Model:
         text_encoder = T5EncoderModel.from_pretrained(self.args.text / "text_encoder", dtype=torch.float32)
         start = self.args.transformer
-        transformer = CogVideoXTransformer3DModel.from_pretrained(start) if start else make_transformer(self.args.layers)
+        transformer = (
+            CogVideoXTransformer3DModel.from_pretrained(start, torch_dtype=torch.float32)
+            if start
+            else make_transformer(self.args.layers)
+        )
         return Model(transformer, text_encoder, self.device)
 
     def _load(self) -> None:
