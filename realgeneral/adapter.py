@@ -269,7 +269,11 @@ def read_adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
 
 
 def load_adapter(
-    transformer: RealGeneralTransformer3DModel, folder: str | os.PathLike[str], *, preset: str | None = None
+    transformer: RealGeneralTransformer3DModel,
+    folder: str | os.PathLike[str],
+    *,
+    preset: str | None = None,
+    other_weights: bool = False,
 ) -> AdapterInfo:
     """Load an adapter into a model of its base; tasks and preset of the model become the adapter's.
 
@@ -277,12 +281,13 @@ def load_adapter(
         transformer: A model without a LoRA; changed in place.
         folder: Folder with the two files.
         preset: If given, the preset that the adapter must have been trained in.
+        other_weights: Accept one that was trained on other weights of this geometry, to train it on; it is no use as it is.
 
     Returns:
         The adapter's description.
 
     Raises:
-        UsageError: It was trained on another base geometry or in another preset.
+        UsageError: It was trained on another base or in another preset.
         Failure: A file is missing, truncated, or the two do not belong together.
     """
     info = read_adapter_info(folder)
@@ -290,7 +295,8 @@ def load_adapter(
     lora, branch = read_tensors(lora_path), read_tensors(branch_path)
     # everything is checked before the model is touched
     check_fits(transformer, info, preset)
-    _check_weights(transformer, info)
+    if not other_weights and not trained_on(transformer, info):
+        raise UsageError(f"adapter must be for this base, got one trained on {info.base!r}, whose weights are others")
     _check_lora(transformer, lora, info, lora_path)
     shapes = {name: p.shape for name, p in transformer.condition_parameters().items()}
     shapes["condition_embedding.task.weight"] = torch.Size((len(info.tasks), transformer.geometry.dim))
@@ -323,13 +329,10 @@ def check_fits(transformer: RealGeneralTransformer3DModel, info: AdapterInfo, pr
         raise UsageError(f"adapter must be of registered tasks: {error}") from None
 
 
-def _check_weights(transformer: RealGeneralTransformer3DModel, info: AdapterInfo) -> None:
-    if not all(
-        math.isclose(a, b, rel_tol=SIGNATURE_TOLERANCE) for a, b in zip(info.signature, signature_of(transformer), strict=False)
-    ):
-        raise UsageError(f"adapter must be for this base, got one trained on {info.base!r}, whose weights are others")
-    if getattr(transformer, "peft_config", None):
-        raise UsageError("transformer must have no LoRA before an adapter is loaded, got one: call unload_lora_weights() first")
+def trained_on(transformer: RealGeneralTransformer3DModel, info: AdapterInfo) -> bool:
+    """Whether an adapter's base had these weights, but for rounding or a little fine-tuning."""
+    pairs = zip(info.signature, signature_of(transformer), strict=False)
+    return all(math.isclose(a, b, rel_tol=SIGNATURE_TOLERANCE) for a, b in pairs)
 
 
 def _check_lora(

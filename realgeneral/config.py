@@ -128,7 +128,7 @@ class TrainConfig(DataSettings):
     alpha: float = _opt("LoRA alpha; 0 = rank", 0.0)
     lora_targets: list[str] = _opt("linear layers that get a LoRA", many=LORA_TARGETS)
     init_adapter: str = _opt(
-        "start from this adapter instead of a fresh one; lora_targets may name more layers than it has", ""
+        "start from this adapter instead of a fresh one; it may be of other weights, and lora_targets may name more layers", ""
     )
     ablation: Literal["none", "shared-adaln", "no-embedding"] = _opt(
         "leave a part of the method at its start, untrained", "none"
@@ -383,11 +383,14 @@ class PrecomputeConfig(DataSettings):
     mixed_precision: Literal["no", "bf16"] = _opt("as in training", "no")
     shard: str = _opt('this process\' part, "i/n" from 0; default: RANK and WORLD_SIZE as torchrun sets them', "")
     shard_megabytes: int = _opt("size of a file", 256)
+    encode_batch: int = _opt(
+        "pictures, and prompts, encoded together; with more than 1, last bits differ from on-the-fly ones", 1
+    )
     strict: bool = _opt("stop at the first bad row instead of noting it", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_at_least_one(self, "variants", "shard_megabytes")
+        _check_at_least_one(self, "variants", "shard_megabytes", "encode_batch")
         if self.num_workers < 0:
             raise UsageError(f"num_workers must not be negative, got {self.num_workers}")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from realgeneral.adapter import AdapterInfo, adapter_info, add_lora, load_adapter, mark_trainable
+from realgeneral.adapter import AdapterInfo, adapter_info, add_lora, load_adapter, mark_trainable, read_adapter_info, trained_on
 from realgeneral.bases import load_pipeline
 from realgeneral.checkpoint import load_weights
 from realgeneral.config import TrainConfig
@@ -80,7 +80,9 @@ def _add_fresh_adapter(config: TrainConfig, transformer: RealGeneralTransformer3
 
 def _start_from_adapter(config: TrainConfig, transformer: RealGeneralTransformer3DModel) -> None:
     folder = Path(resolve_adapter(config.init_adapter))
-    info = load_adapter(transformer, folder, preset=config.preset)
+    if not trained_on(transformer, read_adapter_info(folder)):
+        print(f"note: {folder} was trained on other weights than those of {config.base}, and goes on from there", flush=True)
+    info = load_adapter(transformer, folder, preset=config.preset, other_weights=True)
     targets = set(transformer.peft_config["default"].target_modules)
     if not targets <= set(config.lora_targets):
         raise UsageError(

@@ -106,16 +106,22 @@ class TextCache:
         device = self.pipe.text_encoder.device
         for prompt in prompts:
             if prompt not in self.entries:
-                self.pipe._check_prompts([prompt], self.window)
-                with torch.autocast(device.type, enabled=False):  # as precomputed, whatever the trainer runs in
-                    encoded, _ = self.pipe.encode_prompt([prompt], None, False, max_sequence_length=self.window, device=device)
-                self.entries[prompt] = encoded[0].cpu()
+                self.entries[prompt] = self.encoded([prompt])[0]
             self.entries.move_to_end(prompt)
         features = torch.stack([self.entries[p] for p in prompts])
         capacity = max(len(prompts), self.capacity_bytes // max(1, features[0].nbytes))
         while len(self.entries) > capacity:
             self.entries.popitem(last=False)
         return features.to(device)
+
+    @torch.no_grad()
+    def encoded(self, prompts: list[str]) -> Tensor:
+        """[len(prompts), T, E] on the CPU, encoded together and not kept."""
+        device = self.pipe.text_encoder.device
+        self.pipe._check_prompts(prompts, self.window)
+        with torch.autocast(device.type, enabled=False):  # as precomputed, whatever the trainer runs in
+            features: Tensor = self.pipe.encode_prompt(prompts, None, False, max_sequence_length=self.window, device=device)[0]
+        return features.cpu()
 
 
 class StoredTexts:

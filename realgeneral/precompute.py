@@ -23,10 +23,11 @@ from realgeneral.config import PrecomputeConfig
 from realgeneral.data import Fitted, PairDataset, Part, TextCheck, variant_seed
 from realgeneral.errors import Failure, UsageError
 from realgeneral.loading import encoder_dtype, picture_size, run_order, run_tasks
-from realgeneral.objective import TextCache, encode_pictures
+from realgeneral.objective import TextCache
 from realgeneral.pictures import to_pixels
 from realgeneral.sources import open_source
 from realgeneral.store import Store, StoreSettings, StoreWriter
+from realgeneral.vae import encode_images
 from realgeneral.workers import from_workers
 
 
@@ -135,7 +136,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
     load_encoders(pipe, config.base, getattr(torch, settings.dtype), device)
     rows = range(part * len(source) // count, (part + 1) * len(source) // count)
     work = DataLoader(RowsToEncode(pairs, rows, writer.store), None, num_workers=config.num_workers)
-    encoder = _Encoder(pipe, writer, device)
+    encoder = _Encoder(pipe, writer, device, config.encode_batch)
     bad: list[str] = []
     encoder.text("")  # prompts are dropped in training
     with from_workers():
@@ -144,26 +145,33 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
             if row.problem is not None:
                 bad.append(row.problem)
                 if config.strict:
-                    writer.flush()
+                    encoder.finish()
                     raise Failure(row.problem)
                 print(f"bad row: {row.problem}", flush=True)
-    writer.flush()
+    encoder.finish()
     return {"encoded": writer.written, "kept": len(encoder.used) - writer.written, "rows": len(rows), "bad": bad}
 
 
 class _Encoder:
-    """Puts rows through the encoders as training does: each picture and prompt by itself."""
+    """Puts rows through the encoders: each picture and prompt by itself, as training does, or `batch` of them together.
 
-    def __init__(self, pipe: Any, writer: StoreWriter, device: torch.device) -> None:
-        self.pipe, self.writer, self.device = pipe, writer, device
+    The bits of a result may depend on what it is computed with, so that only with a batch of 1 they are those of training.
+    """
+
+    def __init__(self, pipe: Any, writer: StoreWriter, device: torch.device, batch: int = 1) -> None:
+        self.pipe, self.writer, self.device, self.batch = pipe, writer, device, batch
         self.texts = TextCache(pipe, capacity_bytes=0)
         self.used: set[str] = set()
+        self.pixels: dict[str, Tensor] = {}
+        self.prompts: dict[str, str] = {}
 
     def text(self, prompt: str) -> None:
         key = self.writer.store.text_key(prompt)
         self.used.add(key)
-        if key not in self.writer:
-            self.writer.add(key, self.texts([prompt])[0])
+        if key not in self.writer and key not in self.prompts:
+            self.prompts[key] = prompt
+            if len(self.prompts) == self.batch:
+                self._encode_prompts()
 
     @torch.no_grad()
     def row(self, row: RowWork) -> None:
@@ -171,11 +179,35 @@ class _Encoder:
         for prompt in sorted(row.prompts):
             self.text(prompt)
         for key, pixels in row.pixels.items():
-            if key not in self.writer:  # another row may have the same picture
-                self.writer.add(key, encode_pictures(self.pipe.vae, pixels[None].to(self.device))[0])
+            if key not in self.writer and key not in self.pixels:  # another row may have the same picture
+                if self.pixels and next(iter(self.pixels.values())).shape != pixels.shape:
+                    self._encode_pictures()
+                self.pixels[key] = pixels
+                if len(self.pixels) == self.batch:
+                    self._encode_pictures()
         for key, reason in row.bad.items():
             if key not in self.writer:
                 self.writer.add_bad(key, reason)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Encode what waits, and write."""
+        self._encode_prompts()
+        self._encode_pictures()
+        self.writer.flush()
+
+    def _encode_prompts(self) -> None:
+        prompts, self.prompts = self.prompts, {}
+        if prompts:
+            for key, features in zip(prompts, self.texts.encoded(list(prompts.values())), strict=True):
+                self.writer.add(key, features)
+
+    def _encode_pictures(self) -> None:
+        pixels, self.pixels = self.pixels, {}
+        if pixels:
+            latents = encode_images(self.pipe.vae, torch.stack(list(pixels.values())).to(self.device))
+            for key, tensor in zip(pixels, latents, strict=True):
+                self.writer.add(key, tensor)
 
 
 if __name__ == "__main__":

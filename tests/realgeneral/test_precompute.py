@@ -189,6 +189,17 @@ def test_shards_are_one_store(settings: Callable[..., PrecomputeConfig], tmp_pat
     assert again["bad"] == whole["bad"]
 
 
+def test_encoded_together(settings: Callable[..., PrecomputeConfig], tmp_path: Path) -> None:
+    """Batches of pictures and prompts fill the same store, up to rounding; pictures of different sizes are never joined."""
+    one = precompute(settings())
+    many = precompute(settings(output=str(tmp_path / "many"), encode_batch=3))
+    assert (one["encoded"], one["bad"]) == (many["encoded"], many["bad"])
+    first, second = Store(settings().output), Store(tmp_path / "many")
+    assert first.places.keys() == second.places.keys()
+    for key in first.places:
+        torch.testing.assert_close(first._get(key, ""), second._get(key, ""))
+
+
 def test_equal_inputs_are_stored_once(settings: Callable[..., PrecomputeConfig], data: Path) -> None:
     """The target of canny and inpainting is one entry; two rows with one picture share it."""
     rows = [json.dumps({"target": "target-0-0.png", "prompt": "a cat"})] * 2
@@ -290,7 +301,7 @@ def test_strict(settings: Callable[..., PrecomputeConfig]) -> None:
 def test_a_run_that_dies_goes_on(settings: Callable[..., PrecomputeConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     """Dead after three pictures: the next run keeps them and encodes the rest only."""
     total = precompute(settings(output=settings().output + "-whole"))["encoded"]
-    original, calls = precompute_module.encode_pictures, [0]
+    original, calls = precompute_module.encode_images, [0]
 
     def dies(*args: Any) -> Any:
         calls[0] += 1
@@ -299,7 +310,7 @@ def test_a_run_that_dies_goes_on(settings: Callable[..., PrecomputeConfig], monk
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(precompute_module, "encode_pictures", dies)
+        patch.setattr(precompute_module, "encode_images", dies)
         with pytest.raises(KeyboardInterrupt):
             precompute(_tiny_shards(settings()))
     result = precompute(_tiny_shards(settings()))

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import tiny_transformer
 from conftest import make_photo
 from PIL import Image
 from processes import start
@@ -526,6 +527,20 @@ def test_init_adapter(config: Callable[..., TrainConfig], mixed_precision: str) 
     assert added
     assert all("ff.net.2.lora_" in name for name in added)
     assert max(three[name].abs().max() for name in added if "lora_B" in name) <= 1e-8  # one step at a rate of 1e-9
+
+
+def test_init_adapter_of_other_weights(
+    config: Callable[..., TrainConfig], bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter may go on on another base of the same geometry, which is said; from then on it is that base's."""
+    first = train(config("first", steps=1))
+    other = shutil.copytree(bases["5b"], tmp_path / "other")
+    tiny_transformer("5b", seed=7).save_pretrained(other / "transformer")
+    second = train(config("second", steps=1, base=str(other), init_adapter=first["adapter"], tasks=[]))
+    assert f"note: {first['adapter']} was trained on other weights than those of {other}" in capsys.readouterr().out
+    RealGeneralPipeline.from_pretrained(other, adapter=second["adapter"])
+    with pytest.raises(UsageError, match="whose weights are others"):
+        RealGeneralPipeline.from_pretrained(bases["5b"], adapter=second["adapter"])
 
 
 # --- ways to end ---------------------------------------------------------------------------------------------------------
