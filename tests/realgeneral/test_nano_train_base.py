@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import CogVideoXPipeline
 
 from realgeneral.nano import train_base
@@ -37,6 +38,12 @@ def test_trains_resumes_and_exports(few_concepts: None, tmp_path: Path, monkeypa
     assert {path.stem for path in tmp_path.glob("*.npy")} == {"train", "train_mirrored", "train_recoloured", "held_out"}
     pipeline = CogVideoXPipeline.from_pretrained(tmp_path / "base")
     assert pipeline.transformer.config.num_layers == 1
+    # and another run goes on with it: its first step is a small one
+    start = tmp_path / "base" / "transformer"
+    train_base.main([*arguments[2:], "--out", str(tmp_path / "on"), "--transformer", str(start), "--steps", "1"])
+    after = CogVideoXPipeline.from_pretrained(tmp_path / "on" / "base").transformer.state_dict()
+    for name, value in pipeline.transformer.state_dict().items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-3)
 
 
 def test_rows_do_not_depend_on_workers() -> None:

@@ -55,7 +55,7 @@ def test_hopper_keeps_its_budgets() -> None:
         assert found["shared"] <= budget.shared, kernel
         assert found["wgmma"] >= budget.wgmma, kernel
         assert found["tma"] >= budget.tma, kernel
-        assert found["serialized"] == 0, kernel
+        assert found["serialized"] <= budget.serialized, kernel
 
 
 def test_hopper_pointer_variant() -> None:
