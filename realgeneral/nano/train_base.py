@@ -1,7 +1,7 @@
 """Recipe: train the nano base, a small CogVideoX text-to-video model, on clips of emoji.
 
-    python -m realgeneral.nano.train_base --icons FILE --out DIR --minutes 8 --batch 512 --workers 12 --compile     on a GPU
-    python -m realgeneral.nano.train_base --icons FILE --out DIR --minutes 300                                     on two cores
+    python -m realgeneral.nano.train_base --icons FILE --out DIR --minutes 8 --batch 384 --workers 12      on a GPU
+    python -m realgeneral.nano.train_base --icons FILE --out DIR --minutes 300 --compile                   on two cores
 
 Encodes pools of latents once (about 1.4 GB in `--out`), then trains transformer and text encoder from it.
 """
