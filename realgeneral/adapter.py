@@ -297,6 +297,8 @@ def load_adapter(
     check_fits(transformer, info, preset)
     if not other_weights and not trained_on(transformer, info):
         raise UsageError(f"adapter must be for this base, got one trained on {info.base!r}, whose weights are others")
+    if getattr(transformer, "peft_config", None):
+        raise UsageError("transformer must have no LoRA before an adapter is loaded, got one: call unload_lora_weights() first")
     _check_lora(transformer, lora, info, lora_path)
     shapes = {name: p.shape for name, p in transformer.condition_parameters().items()}
     shapes["condition_embedding.task.weight"] = torch.Size((len(info.tasks), transformer.geometry.dim))
