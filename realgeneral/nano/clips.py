@@ -115,11 +115,6 @@ class ClipSource:
             flat = [torch.from_numpy(np.array(pool.latents)).flatten(0, 1).to(device) for pool in self.pools]
             self.resident = torch.cat(flat)
 
-    def batch(self, size: int, frames: int, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
-        """Draw clips: latents float32 [B, frames, C, h, w] and captions."""
-        places, captions = self.draw(size, frames, rng)
-        return self.latents(places), captions
-
     def draw(self, size: int, frames: int, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
         """Draw clips: places of their frames for `latents`, int64 [B, frames], and captions."""
         drawn = [self._draw(frames, rng) for _ in range(size)]

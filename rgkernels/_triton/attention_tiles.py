@@ -1,4 +1,4 @@
-"""What the attention kernels share: the rule for tensor descriptors, arguments of a launch, and loading rows."""
+"""What the attention kernels share: the rule for tensor descriptors, arguments of a launch, loading rows, and scores."""
 
 from typing import Any
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_gpu import ended
 
 from benchmarks.builders import Builders
 
@@ -32,16 +33,6 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def gone(pid: int) -> bool:
-    """Whether a killed process is gone within ten seconds: on a busy machine it dies when it next runs."""
-    for _ in range(100):
-        status = Path(f"/proc/{pid}/stat")
-        if not status.exists() or status.read_text().split()[2] == "Z":
-            return True
-        time.sleep(0.1)
-    return False
-
-
 def test_work_is_done_in_workers_until_time_is_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """All of it if there is time; what is late is neither waited for nor begun, and what still runs ends with the block."""
     with Builders(2) as builders:
@@ -55,7 +46,7 @@ def test_work_is_done_in_workers_until_time_is_up(tmp_path: Path, capfd: pytest.
         builders.run(work, [(tmp_path, "h")], start - 1)
         pids = [int((tmp_path / name).read_text()) for name in ("slow-1", "slow-2")]
     assert time.monotonic() - start < 20
-    assert all(gone(pid) for pid in pids)
+    assert all(ended(pid) for pid in pids)
     assert names(tmp_path) == {"a", "raises", "b", "slow-1", "slow-2"}
     assert "".join(capfd.readouterr()) == ""
 

@@ -37,7 +37,8 @@ def source() -> ClipSource:
 @pytest.mark.parametrize("frames", [2, 4])
 def test_clips_stay_with_one_thing(source: ClipSource, frames: int) -> None:
     """Frames of a clip are of one row of one copy, unless an icon of a concept becomes that concept's drawing."""
-    latents, captions = source.batch(600, frames, np.random.default_rng(0))
+    places, captions = source.draw(600, frames, np.random.default_rng(0))
+    latents = source.latents(places)
     assert latents.shape == (600, frames, 3, 1, 1)
     redrawn = 0
     for clip, caption in zip(latents[..., 0, 0].numpy(), captions, strict=True):
@@ -62,7 +63,8 @@ def test_what_has_no_colours_is_not_recoloured(source: ClipSource) -> None:
     entries = {EMOJI.derived(s, k) for s in COLOUR_STYLES for k in KIND_WORDS if k in COLOURLESS}
     contrast = EMOJI.still("high_contrast")
     icon = {ICONS.derived("icon", kind) for kind in KIND_WORDS if kind in COLOURLESS}
-    latents, captions = source.batch(2000, 2, np.random.default_rng(1))
+    places, captions = source.draw(2000, 2, np.random.default_rng(1))
+    latents = source.latents(places)
     seen = 0
     for (first, last), caption in zip(latents[..., 0, 0].numpy(), captions, strict=True):
         if first[0] == 2:

@@ -11,7 +11,7 @@ import torch
 from diffusers import CogVideoXPipeline
 
 from realgeneral.nano import train_base
-from realgeneral.nano.latents import COPIES, EMOJI, load_things, render_row, render_rows, renderers
+from realgeneral.nano.latents import EMOJI, load_things, render_row, render_rows, renderers
 
 
 @pytest.fixture
@@ -57,4 +57,3 @@ def test_rows_do_not_depend_on_workers() -> None:
         assert (one.motions, one.colours) == (two.motions, two.colours)
     assert not np.array_equal(ours[0].pictures, render_row((0, things[0]), EMOJI, "mirrored", 0).pictures)
     assert set(ours[0].colours) == set(EMOJI.coloured)
-    assert COPIES[0] == "plain"
