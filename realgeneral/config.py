@@ -64,7 +64,7 @@ def _refuse_unused(config: Any, where: str, *names: str) -> None:
 
 DATA_HELP = (
     'folder, .parquet or .tar (WebDataset), a folder or glob of those, "hf:NAME[:CONFIG][@SPLIT]", '
-    'a folder of datasets\' save_to_disk, or "nano"'
+    'a folder of datasets\' save_to_disk, "nano" (emoji), "avatars", or a .json list of several'
 )
 COLUMNS_HELP = (
     "FIELD=COLUMN[:CROP] for target, prompt, condition, task, subject; a .json or .yaml file of those; "

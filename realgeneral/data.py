@@ -154,6 +154,9 @@ class PairDataset(Dataset[Sample]):
         order: Rows and sizes of the samples; default: every row once per epoch at `size`.
         variants: Draws of what is random per row; 0 = a new one each time.
         store: Take latents from here instead of making pixels; `variants` must be the store's.
+
+    Raises:
+        UsageError: A task is missing that the source says some of its rows are of.
     """
 
     def __init__(
@@ -173,6 +176,8 @@ class PairDataset(Dataset[Sample]):
         self.source, self.size, self.seed, self.strict, self.check = source, size, seed, strict, check
         self.tasks = [get_task(spec) for spec in tasks]
         self.by_name = {task.name: task for task in self.tasks}
+        if missing := source.tasks - set(self.by_name):
+            raise UsageError(f"tasks must hold {sorted(missing)}, which the data names, got {sorted(self.by_name)}")
         self.weights = list(weights) or [1.0] * len(self.tasks)
         self.order: Order = order or OneSize(source.blocks, seed, size)
         self.variants, self.store = variants, store

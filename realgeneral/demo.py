@@ -19,7 +19,7 @@ from torch import Tensor
 from realgeneral.adapter import read_adapter_info
 from realgeneral.arguments import check_steps
 from realgeneral.config import DemoConfig, TrainConfig
-from realgeneral.evaluate import NanoPairs, generate_all, interval, measures, nano_pairs
+from realgeneral.evaluate import NanoPairs, generate_all, interval, measures, table_pairs, task_pairs
 from realgeneral.kernels import check_kernels, use_kernels
 from realgeneral.metrics import psnr, ssim
 from realgeneral.pictures import picture_grid, save_picture
@@ -65,9 +65,8 @@ def show_tasks(pipe: RealGeneralPipeline, config: DemoConfig, output: Path) -> d
     """Generate `concepts` held-out pictures per task into one grid; returns the scores by task."""
     assert pipe.adapter is not None
     rows, labels, scores = [], [], {}
-    for name in pipe.adapter.task_names:
+    for name, pairs in table_pairs(pipe.adapter.tasks, config.concepts, (64, 64), config.seed):
         print(f"generating: {name}", flush=True)
-        pairs = nano_pairs(pipe.adapter.task_spec(name), config.concepts, (64, 64), config.seed)
         images = generate_all(pipe, pairs, _Sampling(config))
         rows.append([picture for i in range(len(pairs.samples)) for picture in _triple(pairs, images, i)])
         labels.append(name)
@@ -86,12 +85,13 @@ def show_training(config: DemoConfig, spec: str, output: Path, run: str) -> dict
     print(f"training: {config.train_steps} steps of LoRA + condition branch from the base on {config.train_task}", flush=True)
     began = time.perf_counter()
     settings = TrainConfig(
-        tasks=[spec], output=run, steps=config.train_steps, batch_size=8, rank=32, learning_rate=2e-3, warmup_steps=10,
+        tasks=[spec], data="avatars" if get_task(spec).name == "customization" else "nano", output=run,
+        steps=config.train_steps, batch_size=8, rank=32, learning_rate=2e-3, warmup_steps=10,
         save_every=config.train_steps, sample_count=0, fused_kernels=config.fused_kernels, seed=config.seed,
     )  # fmt: skip
     result = train(settings)
     seconds = time.perf_counter() - began
-    pairs = nano_pairs(spec, config.concepts, (64, 64), config.seed)
+    pairs = task_pairs(spec, config.concepts, (64, 64), config.seed)
     before = open_pipeline(None, config)
     before.transformer.configure_condition([get_task(spec).name], settings.preset)
     after = open_pipeline(result["adapter"], config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,30 +15,41 @@ from tqdm.auto import tqdm
 
 from realgeneral.adapter import AdapterInfo, check_fits, library_versions, read_adapter_info
 from realgeneral.arguments import check_steps
+from realgeneral.buckets import Size
 from realgeneral.config import EvaluateConfig, guidance
 from realgeneral.data import PairDataset, Sample
 from realgeneral.errors import UsageError
 from realgeneral.metrics import edge_f1, psnr, retrieval_hits, ssim
-from realgeneral.nano.emoji import Concept
+from realgeneral.nano.avatars import FACES, AvatarSource
 from realgeneral.nano.pairs import TARGET_STYLES, NanoSource
-from realgeneral.pictures import picture_grid, save_picture
+from realgeneral.pictures import picture_grid, save_picture, to_pixels
 from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
 from realgeneral.preflight import check_output, open_base
 from realgeneral.protocols.report import write_json, write_text
+from realgeneral.records import Source
 from realgeneral.samples import to_picture
 from realgeneral.tasks import get_task
 from realgeneral.vae import fold_single_frame
 
 METHODS = ("adapter", "copy condition", "base")
+STYLE_CHANGE = "customization of style"
 
 
 @dataclass(frozen=True)
 class NanoPairs:
-    """Pairs of one task: one per concept, its style in turn."""
+    """Pairs of one task, one per concept or avatar.
+
+    Attributes:
+        samples: The pairs.
+        names: What each shows.
+        states: Of each, pictures of the same concept in every state (style; face), the asked one among them.
+        asked: Which of `states` that is.
+    """
 
     samples: list[Sample]
-    concepts: list[Concept]
-    styles: list[str]
+    names: list[str]
+    states: list[list[Image.Image]]
+    asked: list[int]
 
     @property
     def truth(self) -> Tensor:
@@ -51,18 +62,58 @@ class NanoPairs:
         return torch.stack([s.conditions[0] for s in self.samples]) / 2 + 0.5
 
 
-def nano_pairs(spec: str, count: int, size: tuple[int, int], seed: int, split: str = "held_out") -> NanoPairs:
-    """`count` concepts of a split (all if there are fewer) in a fixed random order, as pairs of a task."""
-    source = NanoSource(split, augment=False)
-    dataset = PairDataset(source, [spec], [], size, seed, strict=True)
+def nano_pairs(spec: str, count: int, size: Size, seed: int, split: str = "held_out") -> NanoPairs:
+    """`count` emoji of a split (all if there are fewer) in a fixed random order, their styles in turn, as pairs of a task."""
+    source, styles = NanoSource(split, augment=False), len(TARGET_STYLES)
+    drawn = _draw(len(source.concepts), styles, count, seed)
+    concepts = [source.concepts[row // styles] for row, _ in drawn]
+    states = [[concept.image(style) for style in TARGET_STYLES] for concept in concepts]
+    samples = _samples(source, spec, size, seed, drawn)
+    return NanoPairs(samples, [concept.codepoint for concept in concepts], states, [row % styles for row, _ in drawn])
+
+
+def avatar_pairs(count: int, size: Size, seed: int, split: str = "held_out") -> NanoPairs:
+    """`count` avatars of a split (all if there are fewer) in a fixed random order, as pairs of customization.
+
+    Face and background change. The states are the avatar's faces on the asked background, and the condition.
+    """
+    source = AvatarSource(split, augment=False)
+    drawn = _draw(len(source.avatars), FACES, count, seed)
+    avatars = [source.avatars[row // FACES] for row, _ in drawn]
+    samples = _samples(source, "customization", size, seed, drawn)
+    states = [[*source.states(*d), to_picture(s.conditions[0])] for d, s in zip(drawn, samples, strict=True)]
+    return NanoPairs(samples, [avatar.seed for avatar in avatars], states, [row % FACES for row, _ in drawn])
+
+
+def task_pairs(spec: str, count: int, size: Size, seed: int, split: str = "held_out") -> NanoPairs:
+    """What a task is judged on: customization on avatars in another state, the others on emoji."""
+    if get_task(spec).name == "customization":
+        return avatar_pairs(count, size, seed, split)
+    return nano_pairs(spec, count, size, seed, split)
+
+
+def table_pairs(
+    specs: Sequence[str], count: int, size: Size, seed: int, split: str = "held_out"
+) -> Iterator[tuple[str, NanoPairs]]:
+    """Name and pairs of each part of the table: the tasks, and after customization the emoji in another style."""
+    for spec in specs:
+        task = get_task(spec).name
+        yield task, task_pairs(spec, count, size, seed, split)
+        if task == "customization":
+            yield STYLE_CHANGE, nano_pairs(spec, count, size, seed, split)
+
+
+def _draw(things: int, states: int, count: int, seed: int) -> list[tuple[int, int]]:
+    """Row of a source that has `states` rows per thing, one after the other, and seed, of each thing that is drawn."""
     # a fixed shuffle: neighbours in code point order are alike
-    order = random.Random(0).sample(range(len(source.concepts)), min(count, len(source.concepts)))
-    indices = [concept * len(TARGET_STYLES) + i % len(TARGET_STYLES) for i, concept in enumerate(order)]
-    return NanoPairs(
-        [dataset.sample(i, seed * 1000 + i) for i in indices],
-        [source.concepts[i // len(TARGET_STYLES)] for i in indices],
-        [TARGET_STYLES[i % len(TARGET_STYLES)] for i in indices],
-    )
+    order = random.Random(0).sample(range(things), min(count, things))
+    rows = [thing * states + i % states for i, thing in enumerate(order)]
+    return [(row, seed * 1000 + row) for row in rows]
+
+
+def _samples(source: Source, spec: str, size: Size, seed: int, drawn: list[tuple[int, int]]) -> list[Sample]:
+    dataset = PairDataset(source, [spec], [], size, seed, strict=True)
+    return [dataset.sample(row, row_seed) for row, row_seed in drawn]
 
 
 def generate_all(pipe: RealGeneralPipeline, pairs: NanoPairs, config: Any, progress: str = "") -> Tensor:
@@ -90,19 +141,19 @@ def generate_all(pipe: RealGeneralPipeline, pairs: NanoPairs, config: Any, progr
 def measures(task: str, pairs: NanoPairs) -> dict[str, Callable[[Tensor], Tensor]]:
     """The metrics of a task by name; each takes images and gives one value per sample."""
     truth = pairs.truth
+    table: dict[str, Callable[[Tensor], Tensor]] = {"SSIM": lambda x: ssim(x, truth), "PSNR dB": lambda x: psnr(x, truth)}
     if task == "customization":
-        # galleries: every compared concept in the style that was asked for; every compared concept in every style
-        ranks = torch.arange(len(pairs.concepts))
-        asked = torch.stack([_picture(c, s) for c, s in zip(pairs.concepts, pairs.styles, strict=True)])
-        every = torch.stack([_picture(c, s) for c in pairs.concepts for s in TARGET_STYLES])
-        places = ranks * len(TARGET_STYLES) + torch.tensor([TARGET_STYLES.index(s) for s in pairs.styles])
+        # galleries: every compared concept in the state that was asked for; every compared concept in every state
+        ranks = torch.arange(len(pairs.names))
+        asked = _stack(states[i] for states, i in zip(pairs.states, pairs.asked, strict=True))
+        every = _stack(picture for states in pairs.states for picture in states)
+        places = ranks * len(pairs.states[0]) + torch.tensor(pairs.asked)
         return {
             "same concept R@1": lambda x: retrieval_hits(x, asked, ranks, 1),
             "same concept R@5": lambda x: retrieval_hits(x, asked, ranks, 5),
-            "concept in asked style R@1": lambda x: retrieval_hits(x, every, places, 1),
-            "SSIM": lambda x: ssim(x, truth),
+            "concept in asked state R@1": lambda x: retrieval_hits(x, every, places, 1),
+            **table,
         }
-    table: dict[str, Callable[[Tensor], Tensor]] = {"SSIM": lambda x: ssim(x, truth), "PSNR dB": lambda x: psnr(x, truth)}
     if task in ("canny", "image-to-sketch"):
         table["edge F1"] = lambda x: edge_f1(x, truth)
     return table
@@ -148,18 +199,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     base.transformer.configure_condition(pipe.adapter.task_names, "open")
     results: dict[str, Any] = {}
     note = "" if config.split == "held_out" else "Concepts of the training split: to choose settings by, not to report.\n\n"
-    for spec in specs:
-        task = get_task(spec).name
-        pairs = nano_pairs(spec, config.concepts, (64, 64), config.seed, config.split)
+    for name, pairs in table_pairs(specs, config.concepts, (64, 64), config.seed, config.split):
         images = {
-            "adapter": generate_all(pipe, pairs, config, f"{task}, adapter"),
+            "adapter": generate_all(pipe, pairs, config, f"{name}, adapter"),
             "copy condition": pairs.conditions,
             # an empty condition is something that only training with condition dropout teaches
-            "base": generate_all(base, pairs, replace(config, image_guidance_scale=1.0), f"{task}, base"),
+            "base": generate_all(base, pairs, replace(config, image_guidance_scale=1.0), f"{name}, base"),
         }
-        values = {m: {k: fn(images[m]) for k, fn in measures(task, pairs).items()} for m in METHODS}
-        results[task] = {"count": len(pairs.samples), **scores(values)}
-        save_picture(comparison_grid(pairs, images, 12), output / f"{task}.png")
+        values = {m: {k: fn(images[m]) for k, fn in measures(pairs.samples[0].task, pairs).items()} for m in METHODS}
+        results[name] = {"count": len(pairs.samples), **scores(values)}
+        save_picture(comparison_grid(pairs, images, 12), output / f"{name.replace(' ', '-')}.png")
         write_text(output / "table.md", note + markdown(results))
         record = {"config": asdict(config), "versions": library_versions(), "adapter": asdict(pipe.adapter), "results": results}
         write_json(output / "results.json", record)
@@ -210,7 +259,5 @@ def _pipeline(config: EvaluateConfig, adapter: str) -> RealGeneralPipeline:
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _picture(concept: Concept, style: str) -> Tensor:
-    from realgeneral.pictures import to_pixels
-
-    return to_pixels(concept.image(style)) / 2 + 0.5
+def _stack(pictures: Iterable[Image.Image]) -> Tensor:
+    return torch.stack([to_pixels(picture) for picture in pictures]) / 2 + 0.5

@@ -14,14 +14,15 @@ from realgeneral.errors import UsageError
 from realgeneral.objective import StoredTexts, TextCache, Texts
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.records import Source
+from realgeneral.sources import BUILT_IN
 from realgeneral.store import Store
 from realgeneral.tasks import DEFAULT_TASKS, get_task
 
 
 def run_tasks(specs: Sequence[str], data: str) -> list[str]:
-    """The tasks of a run: those asked for, else nano's six for nano data and the paper's seven for others."""
+    """The tasks of a run: those asked for, else nano's six for its data and the paper's seven for others."""
     specs = list(specs)
-    if not specs and data == "nano":
+    if not specs and data in BUILT_IN:
         from realgeneral.nano.pairs import NANO_TASKS
 
         specs = list(NANO_TASKS)

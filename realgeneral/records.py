@@ -100,6 +100,8 @@ class Source(Protocol):
 
     # whether a record depends on the seed it is asked with
     seeded: bool
+    # tasks that some of its rows are known to be of before they are read
+    tasks: frozenset[str]
 
     def __len__(self) -> int: ...
 
@@ -124,6 +126,7 @@ class BaseSource:
     """What sources share: rows are records decoded, any row costs the same, nothing is drawn."""
 
     seeded = False
+    tasks: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         raise NotImplementedError

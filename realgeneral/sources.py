@@ -18,6 +18,7 @@ from realgeneral.errors import Failure, UsageError
 from realgeneral.records import BaseSource, Block, Picture, Record, Source, file_stamp, make_record
 from realgeneral.tables import ParquetSource, RowGroups, open_huggingface
 
+BUILT_IN = ("nano", "avatars")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -25,8 +26,9 @@ def open_source(path: str, columns: Sequence[str] = ()) -> Source:
     """Open training data by what its path is.
 
     Args:
-        path: "nano"; a folder of pictures, of .parquet or .tar shards, or written by `datasets`' save_to_disk; a .parquet or
-            .tar file; a glob of those; "hf:NAME[:CONFIG][@SPLIT]".
+        path: "nano" (emoji) or "avatars"; a folder of pictures, of .parquet or .tar shards, or written by `datasets`'
+            save_to_disk; a .parquet or .tar file; a glob of those; "hf:NAME[:CONFIG][@SPLIT]"; a .json list of several of these
+            (`realgeneral.mixture`).
         columns: As `parse_columns` takes them.
 
     Raises:
@@ -34,16 +36,24 @@ def open_source(path: str, columns: Sequence[str] = ()) -> Source:
         UsageError: Not a kind of data that is known, or a column map that is wrong.
     """
     source: Source
-    if path == "nano":
-        from realgeneral.nano.pairs import NanoSource
-
+    if path in BUILT_IN or path.endswith(".json"):
         if columns:
-            raise UsageError(f"columns must not be given for the nano data, got {list(columns)}")
-        return NanoSource("train")
+            raise UsageError(f"columns must not be given for the data {path}, got {list(columns)}")
+        return _built_in(path)
     source = _open(path, parse_columns(columns))
     if len(source) == 0:
         raise Failure(f"data must hold at least one row, got none in {path}")
     return source
+
+
+def _built_in(path: str) -> Source:
+    from realgeneral.mixture import Mixture
+    from realgeneral.nano.avatars import AvatarSource
+    from realgeneral.nano.pairs import NanoSource
+
+    if path in BUILT_IN:
+        return NanoSource("train") if path == "nano" else AvatarSource("train")
+    return Mixture(Path(path))
 
 
 def _open(path: str, columns: ColumnMap) -> Source:

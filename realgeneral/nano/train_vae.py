@@ -1,4 +1,4 @@
-"""Recipe: train the nano VAE, a small AutoencoderKLCogVideoX, on the packaged emoji.
+"""Recipe: train the nano VAE, a small AutoencoderKLCogVideoX, on the packaged emoji and avatars.
 
     python -m realgeneral.nano.train_vae --out DIR --minutes 26
     python -m realgeneral.nano.train_vae --out DIR2 --minutes 50 --lr 1e-3 --decoder-of DIR/vae
@@ -25,6 +25,7 @@ from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 from torch.nn import functional as F
 
+from realgeneral.nano.avatars import BACKGROUNDS, FACES, load_avatars
 from realgeneral.nano.common import (
     BASE,
     Ema,
@@ -82,8 +83,18 @@ def unfold(folded: AutoencoderKLCogVideoX, scaling_factor: float) -> Autoencoder
 
 
 def load_pictures(split: str) -> np.ndarray:
-    """Decode a split: uint8 [N, styles, 64, 64, 3]."""
+    """Decode the emoji of a split: uint8 [N, styles, 64, 64, 3]."""
     return np.stack([[np.asarray(c.image(style)) for style in STYLES] for c in load_emoji(split)])
+
+
+def avatar_pictures(split: str) -> np.ndarray:
+    """Faces of the avatars of a split, as many as an emoji has styles, on random backgrounds: uint8 [N, styles, 64, 64, 3]."""
+    rng = np.random.default_rng(0)
+    pictures = []
+    for avatar in load_avatars(split):
+        faces, backgrounds = rng.permutation(FACES)[: len(STYLES)], rng.choice(list(BACKGROUNDS), len(STYLES))
+        pictures.append([np.asarray(avatar.image(int(f), str(b))) for f, b in zip(faces, backgrounds, strict=True)])
+    return np.array(pictures)
 
 
 def random_affine(pictures: Tensor, rng: np.random.Generator) -> Tensor:
@@ -112,7 +123,7 @@ def random_background(pictures: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def training_batch(pictures: np.ndarray, batch: int, rng: np.random.Generator) -> Tensor:
-    """Draw [B, 3, 64, 64] in [-1, 1]: half plain, half derived, most of them transformed."""
+    """Draw [B, 3, 64, 64] in [-1, 1] of uint8 [N, styles, 64, 64, 3]: half plain, half derived, most of them transformed."""
     index = rng.integers(0, len(pictures), batch)
     style = rng.integers(0, len(STYLES), batch)
     raw = torch.from_numpy(pictures[index, style]).permute(0, 3, 1, 2).float() / 255
@@ -173,19 +184,23 @@ def image_terms(image: Tensor, pixels: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def psnr_by_kind(vae: AutoencoderKLCogVideoX, pictures: np.ndarray, limit: int = 64, noise: float = 0.0) -> dict[str, float]:
-    """Mean PSNR in dB over held-out pictures, per style and per derived kind (of all styles).
+def psnr_by_kind(
+    vae: AutoencoderKLCogVideoX, pictures: np.ndarray, avatars: np.ndarray, limit: int = 64, noise: float = 0.0
+) -> dict[str, float]:
+    """Mean PSNR in dB over held-out pictures: per style, per derived kind (of all styles), of avatars.
 
     Args:
         vae: The folded VAE.
         pictures: uint8 [N, styles, H, W, 3].
-        limit: Of so many concepts.
+        avatars: As `pictures`; one of each is taken.
+        limit: Of so many concepts, and so many avatars.
         noise: Standard deviation of white noise on the latents, in that of the latents.
     """
     rng = np.random.default_rng(0)
     sets = {style: pictures[:limit, s] for s, style in enumerate(STYLES)}
     mixed = pictures[np.arange(limit) % len(pictures), np.arange(limit) % len(STYLES)]
     sets |= {kind: np.stack([derive(p, kind, rng) for p in mixed]) for kind in KINDS}
+    sets["avatar"] = avatars[np.arange(limit) * len(avatars) // limit, 0]
     out = {}
     for name, arrays in sets.items():
         pixels = to_pixels(arrays)
@@ -219,7 +234,8 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.state_path = args.out / "vae_state.pt"
-        self.pictures, self.held_out = load_pictures("train"), load_pictures("held_out")
+        self.pictures = np.concatenate([load_pictures("train"), avatar_pictures("train")])
+        self.held_out, self.avatars = load_pictures("held_out"), avatar_pictures("held_out")
         self.vae, self.average = (fold_single_frame(self._start()) for _ in range(2))
         self.vae.encoder.requires_grad_(not args.decoder_of)
         self.terms = decoder_terms if args.decoder_of else loss_terms
@@ -233,7 +249,7 @@ class Run:
         if args.resume and self.state_path.exists():
             self._load()
         size = sum(p.numel() for p in self.vae.parameters())
-        log(f"{size / 1e6:.2f} M folded parameters, {len(self.pictures)} concepts")
+        log(f"{size / 1e6:.2f} M folded parameters, {len(self.pictures)} concepts and avatars")
 
     def _start(self) -> AutoencoderKLCogVideoX:
         folder = self.args.decoder_of
@@ -260,7 +276,7 @@ class Run:
     def report(self, vae: AutoencoderKLCogVideoX, limit: int) -> None:
         """Log the PSNR of `vae` on up to `limit` held-out concepts."""
         for noise in (0.0, 0.1, 0.2) if self.args.decoder_of else (0.0,):
-            psnr = rounded(psnr_by_kind(vae, self.held_out, limit, noise), 2)
+            psnr = rounded(psnr_by_kind(vae, self.held_out, self.avatars, limit, noise), 2)
             log(f"step {self.step} noise {noise} psnr {psnr}")
             append_csv(self.args.out / "vae_psnr.csv", {"step": self.step, "noise": noise, **psnr})
 

@@ -1,0 +1,114 @@
+"""Several data sets as one: how often, as which task, and what is wrong with a list."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_data import good_rows, write_folder, write_parquet
+
+from realgeneral.config import PrecomputeConfig, TrainConfig
+from realgeneral.data import PairDataset
+from realgeneral.errors import Failure, UsageError
+from realgeneral.precompute import precompute
+from realgeneral.sources import open_source
+from realgeneral.train import train
+
+
+def mixture(folder: Path, parts: Any) -> str:
+    """Write a list; returns its path."""
+    path = folder / "mixture.json"
+    path.write_text(json.dumps(parts))
+    return str(path)
+
+
+def test_rows_come_as_often_as_the_list_says(tmp_path: Path) -> None:
+    """In an epoch each row of a data set comes `repeat` times, as its task; paths are relative to the list."""
+    write_folder(tmp_path / "a", good_rows(2))
+    write_parquet(tmp_path / "b", good_rows(3))
+    path = mixture(tmp_path, [{"data": "a", "repeat": 3, "task": "deblurring"}, {"data": "b/data.parquet"}])
+    source = open_source(path)
+    assert len(source) == sum(block.rows for block in source.blocks) == 3 * 2 + 3
+    tasks = ["colouring", "deblurring"]
+    data = PairDataset(source, tasks, [1, 0], (16, 16), 0, strict=True)
+    epoch = Counter((data[n].name, data[n].task) for n in range(len(source)))
+    assert sorted(epoch.values()) == [1, 1, 1, 3, 3]
+    assert {name.partition(": ")[0] for name, _ in epoch} == {"a", "b/data.parquet"}
+    assert {task for (_, task), count in epoch.items() if count == 3} == {"deblurring"}
+    assert {task for (_, task), count in epoch.items() if count == 1} == {"colouring"}
+    stamp = source.stamp()
+    assert stamp == open_source(path).stamp()
+    mixture(tmp_path, [{"data": "a", "task": "colouring"}])
+    assert open_source(path).stamp() != stamp
+
+
+def test_columns_belong_to_a_part(tmp_path: Path) -> None:
+    """Each data set has its own names; a command's --columns are refused."""
+    folder = tmp_path / "a"
+    write_folder(folder, good_rows(1))
+    listing = folder / "metadata.jsonl"
+    listing.write_text(listing.read_text().replace('"prompt"', '"text"'))
+    path = mixture(tmp_path, [{"data": "a", "columns": ["prompt=text"]}])
+    assert open_source(path).row(0, 0).prompt
+    with pytest.raises(UsageError, match="columns must not be given for the data"):
+        open_source(path, ["prompt=text"])
+
+
+def test_a_row_of_another_task_is_bad(tmp_path: Path) -> None:
+    """Row and list must agree."""
+    write_folder(tmp_path / "a", [{**row, "task": "canny"} for row in good_rows(1)])
+    source = open_source(mixture(tmp_path, [{"data": "a", "task": "colouring"}]))
+    with pytest.raises(Failure, match=r"a: metadata.jsonl line 1: task must be 'colouring', as the list says, got 'canny'"):
+        source.record(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"data": "nano"}, r"must hold a list of at least one data set, got \{"),
+        ([], r"must hold a list of at least one data set, got \[\]"),
+        (["nano"], r"entry 1 must be an object with keys of \['data', 'repeat', 'task', 'columns'\], got \"nano\""),
+        ([{"data": "nano"}, {"data": "nano", "weight": 2}], r"entry 2 must be an object with keys of"),
+        ([{"repeat": 2}], r"entry 1 must have a data set that is not a list itself as data, got None"),
+        ([{"data": "mixture.json"}], r"a data set that is not a list itself as data, got 'mixture.json'"),
+        ([{"data": "nano", "repeat": 0}], r"a whole number of at least 1 as repeat, got 0"),
+        ([{"data": "nano", "repeat": 1.5}], r"a whole number of at least 1 as repeat, got 1.5"),
+        ([{"data": "nano", "repeat": True}], r"a whole number of at least 1 as repeat, got True"),
+        ([{"data": "nano", "task": "cany"}], r"entry 1 must have one of \[.*'canny'.*\] as task, got 'cany'"),
+        ([{"data": "nano", "task": ["canny"]}], r"as task, got \['canny'\]"),
+        ([{"data": "nano", "columns": "x"}], r"a list of strings as columns, got 'x'"),
+        ([{"data": "nano", "columns": ["target=x"]}], r"columns must not be given for the data nano"),
+    ],
+)
+def test_a_wrong_list_is_named(tmp_path: Path, parts: Any, message: str) -> None:
+    """Entry, key and value."""
+    with pytest.raises(UsageError, match=message):
+        open_source(mixture(tmp_path, parts))
+
+
+def test_a_list_that_cannot_be_read(tmp_path: Path) -> None:
+    """No file, no JSON, no such data set."""
+    with pytest.raises(Failure, match=r"data must be an existing folder or file, got .*none.json"):
+        open_source(str(tmp_path / "none.json"))
+    (tmp_path / "broken.json").write_text("[{")
+    with pytest.raises(UsageError, match=r"data must be a JSON list of data sets, got .*broken.json"):
+        open_source(str(tmp_path / "broken.json"))
+    with pytest.raises(Failure, match=r"data must be an existing folder or file, got .*nothing"):
+        open_source(mixture(tmp_path, [{"data": "nothing"}]))
+
+
+def test_trains_on_avatars_and_emoji(tmp_path: Path) -> None:
+    """The mixture of nano's recipe through precompute and train; a run without its task is refused before it starts."""
+    path = mixture(tmp_path, [{"data": "nano"}, {"data": "avatars", "task": "customization"}])
+    settings = {"data": path, "output": str(tmp_path / "run"), "steps": 2, "batch_size": 2, "rank": 4, "sample_count": 0}
+    with pytest.raises(UsageError, match=r"tasks must hold \['customization'\], which the data names, got \['canny'\]"):
+        train(TrainConfig(tasks=["canny"], **settings))
+    result = train(TrainConfig(tasks=["customization", "canny"], **settings))
+    assert Path(result["adapter"]).is_dir()
+    write_folder(tmp_path / "a", good_rows(2))
+    path = mixture(tmp_path, [{"data": "a", "repeat": 2, "task": "colouring"}])
+    done = precompute(PrecomputeConfig(data=path, tasks=["colouring"], output=str(tmp_path / "store")))
+    assert (done["rows"], done["bad"]) == (4, [])
