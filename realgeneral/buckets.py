@@ -146,7 +146,8 @@ def _save(path: Path, table: np.ndarray) -> None:
 def epoch_order(blocks: Sequence[Block], seed: int, epoch: int) -> list[int]:
     """All rows in the order of an epoch: shuffled, within windows of at most WINDOW_BYTES of shuffled blocks.
 
-    Data that fits into one window is shuffled as a whole.
+    Data that fits into one window is shuffled as a whole. Rows of blocks without bytes, which cost the same in any order, are
+    spread over all windows.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     total = sum(block.rows for block in blocks)
@@ -155,15 +156,22 @@ def epoch_order(blocks: Sequence[Block], seed: int, epoch: int) -> list[int]:
     starts = np.cumsum([0, *(block.rows for block in blocks)])
     windows: list[list[int]] = []
     room = 0
-    for i in torch.randperm(len(blocks), generator=generator).tolist():
+    shuffled = torch.randperm(len(blocks), generator=generator).tolist()
+    for i in (i for i in shuffled if blocks[i].bytes):
         if not windows or blocks[i].bytes > room:
             windows.append([])
             room = WINDOW_BYTES
         room -= blocks[i].bytes
         windows[-1].append(i)
+    anywhere = [torch.arange(starts[i], starts[i + 1]) for i, block in enumerate(blocks) if not block.bytes]
+    spread = torch.cat([torch.arange(0), *anywhere])
+    spread = spread[torch.randperm(len(spread), generator=generator)]
+    # as many of them after each window as its share of the other rows
+    done = np.cumsum([0, *(sum(blocks[i].rows for i in window) for window in windows)])
+    cuts = done * len(spread) // max(1, done[-1])
     order: list[int] = []
-    for window in windows:
-        rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in window])
+    for k, window in enumerate(windows):
+        rows = torch.cat([*(torch.arange(starts[i], starts[i + 1]) for i in window), spread[cuts[k] : cuts[k + 1]]])
         order += rows[torch.randperm(len(rows), generator=generator)].tolist()
     return order
 

@@ -36,6 +36,7 @@ REASONS = (
     ("caption", "caption is missing"),
     ("subject must", "subject does not occur in its prompt"),
     ("task must be one of", "task is not one of the run"),
+    ("as the list says", "task is not that of its data set"),
     ("must have a condition", "condition is missing"),
     ("target picture", "target is missing"),
     ("row group", "row group is damaged"),
@@ -99,7 +100,7 @@ def check_data(config: CheckDataConfig) -> dict[str, Any]:
         Failure: At least one row is bad, training would stop at a batch, or the data cannot be opened.
         UsageError: A setting does not fit the base.
     """
-    source = open_source(config.data, config.columns)
+    source = open_source(config.data, config.columns, repeats=False)
     pipe = load_for_data(config.base)
     window = pipe.transformer.config.max_text_seq_length
     size, buckets = picture_size(config, pipe), run_buckets(config, pipe)

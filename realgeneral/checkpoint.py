@@ -31,6 +31,7 @@ from realgeneral.adapter import (
 from realgeneral.config import TrainConfig, adjusted, check_resumable
 from realgeneral.data import PairDataset
 from realgeneral.errors import Failure, UsageError
+from realgeneral.mixture import Mixture
 from realgeneral.preflight import check_output
 from realgeneral.shards import shard_like, whole
 
@@ -80,16 +81,19 @@ def start_or_resume(config: TrainConfig, output: Path, processes: int = 1, tell:
     return found[-1]
 
 
-def data_facts(dataset: PairDataset) -> dict[str, int]:
+def data_facts(dataset: PairDataset) -> dict[str, Any]:
     """What a run's order and draws depend on in its data, wherever it is."""
-    return {"rows": len(dataset.source), "variants": dataset.variants}
+    facts: dict[str, Any] = {"rows": len(dataset.source), "variants": dataset.variants}
+    if isinstance(dataset.source, Mixture):
+        facts["(rows, repeat, task) of data sets"] = dataset.source.shares
+    return facts
 
 
 def check_data(folder: Path, dataset: PairDataset) -> None:
     """UsageError that names the first fact in which the data differs from that of the run to resume."""
     # nothing is known of the data of checkpoints from before it was kept
     for name, old in _read_state(folder).get("data", {}).items():
-        new = data_facts(dataset)[name]
+        new = data_facts(dataset).get(name)
         if new != old:
             raise UsageError(f"data must have {old} {name} as in the run to resume, got {new}")
 

@@ -328,7 +328,7 @@ ONLY_FOR = {
 
 @dataclass(frozen=True)
 class EvaluateConfig(Settings):
-    """Scores of an adapter: the emoji table of nano, or one of the paper's protocols on a folder (docs/evaluation.md)."""
+    """Scores of an adapter: the table of nano, or one of the paper's protocols on a folder (docs/evaluation.md)."""
 
     protocol: Literal["nano", "customization", "canny", "depth"] = _opt("what to evaluate", "nano")
     adapter: str = _opt('adapter folder, or "nano"', "nano")

@@ -114,6 +114,13 @@ def variant_seed(name: str, variant: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{name}/{variant}".encode()).digest()[:4], "big") >> 1
 
 
+def check_tasks(source: Source, specs: Sequence[str]) -> None:
+    """UsageError if the source says that some of its rows are of a task that is not among these."""
+    names = [get_task(spec).name for spec in specs]
+    if missing := source.tasks - set(names):
+        raise UsageError(f"tasks must hold {sorted(missing)}, which the data names, got {sorted(names)}")
+
+
 class TextCheck:
     """Failure for a row whose prompt is longer than the text window, unless it is to be cut, or does not name its subject."""
 
@@ -176,8 +183,7 @@ class PairDataset(Dataset[Sample]):
         self.source, self.size, self.seed, self.strict, self.check = source, size, seed, strict, check
         self.tasks = [get_task(spec) for spec in tasks]
         self.by_name = {task.name: task for task in self.tasks}
-        if missing := source.tasks - set(self.by_name):
-            raise UsageError(f"tasks must hold {sorted(missing)}, which the data names, got {sorted(self.by_name)}")
+        check_tasks(source, tasks)
         self.weights = list(weights) or [1.0] * len(self.tasks)
         self.order: Order = order or OneSize(source.blocks, seed, size)
         self.variants, self.store = variants, store
@@ -222,7 +228,7 @@ class PairDataset(Dataset[Sample]):
         """The frames of a sample, target first."""
         if record.conditions:
             return [Part(target), *(Part(Fitted(c, target.size)) for c in record.conditions)]
-        if record.reference is not None and not task.derives:
+        if record.reference is not None and task.of_subject:
             return [Part(target), Part(Fitted(record.reference, target.size))]
         made = Part(target) if type(task).target is Task.target else Part(target, task, "target", seed)
         return [made, Part(target, task, "condition", seed)]
@@ -232,7 +238,10 @@ class PairDataset(Dataset[Sample]):
         if record.task is not None:
             if record.task not in self.by_name:
                 raise Failure(f"{record.name}: task must be one of {sorted(self.by_name)}, got {record.task!r}")
-            return [(self.by_name[record.task], 1.0)]
+            task = self.by_name[record.task]
+            if not (record.conditions or self._made(task, record)):
+                raise Failure(f"{record.name} must have a condition, since task {task.name!r} derives none")
+            return [(task, 1.0)]
         if record.conditions:
             if len(self.tasks) > 1:
                 raise UsageError(
@@ -241,10 +250,15 @@ class PairDataset(Dataset[Sample]):
                 )
             return [(self.tasks[0], 1.0)]
         # one whose condition can be had
-        able = [w if task.derives or record.reference else 0.0 for task, w in zip(self.tasks, self.weights, strict=True)]
+        able = [w if self._made(task, record) else 0.0 for task, w in zip(self.tasks, self.weights, strict=True)]
         if not any(able):
             raise Failure(f"{record.name} must have a condition, since none of {sorted(self.by_name)} derives one")
         return list(zip(self.tasks, able, strict=True))
+
+    @staticmethod
+    def _made(task: Task, record: Record) -> bool:
+        """Whether the condition of a row without its own can be had."""
+        return task.derives or (task.of_subject and record.reference is not None)
 
     def _task(self, record: Record, seed: int) -> Task:
         choices = self.choices(record)

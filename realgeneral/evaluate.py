@@ -1,4 +1,4 @@
-"""The emoji table of nano: the adapter against copying the condition and against the un-adapted base, with intervals."""
+"""The table of nano: the adapter against copying the condition and against the un-adapted base, with intervals."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from realgeneral.tasks import get_task
 from realgeneral.vae import fold_single_frame
 
 METHODS = ("adapter", "copy condition", "base")
-STYLE_CHANGE = "customization of style"
+FACE_CHANGE, STYLE_CHANGE = "customization of face", "customization of style"
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ def nano_pairs(spec: str, count: int, size: Size, seed: int, split: str = "held_
     return NanoPairs(samples, [concept.codepoint for concept in concepts], states, [row % styles for row, _ in drawn])
 
 
-def avatar_pairs(count: int, size: Size, seed: int, split: str = "held_out") -> NanoPairs:
+def avatar_pairs(count: int, size: Size, seed: int, split: str = "held_out", same_background: bool = False) -> NanoPairs:
     """`count` avatars of a split (all if there are fewer) in a fixed random order, as pairs of customization.
 
-    Face and background change. The states are the avatar's faces on the asked background, and the condition.
+    Face and background change, or the face alone. The states are the avatar's faces on the asked background, and the condition.
     """
-    source = AvatarSource(split, augment=False)
+    source = AvatarSource(split, augment=False, same_background=same_background)
     drawn = _draw(len(source.avatars), FACES, count, seed)
     avatars = [source.avatars[row // FACES] for row, _ in drawn]
     samples = _samples(source, "customization", size, seed, drawn)
@@ -95,11 +95,15 @@ def task_pairs(spec: str, count: int, size: Size, seed: int, split: str = "held_
 def table_pairs(
     specs: Sequence[str], count: int, size: Size, seed: int, split: str = "held_out"
 ) -> Iterator[tuple[str, NanoPairs]]:
-    """Name and pairs of each part of the table: the tasks, and after customization the emoji in another style."""
+    """Name and pairs of each part of the table: the tasks, and after customization two more kinds of it.
+
+    Avatars whose face alone changes, for which the condition is nearly the truth; emoji in another style.
+    """
     for spec in specs:
         task = get_task(spec).name
         yield task, task_pairs(spec, count, size, seed, split)
         if task == "customization":
+            yield FACE_CHANGE, avatar_pairs(count, size, seed, split, same_background=True)
             yield STYLE_CHANGE, nano_pairs(spec, count, size, seed, split)
 
 
@@ -222,7 +226,7 @@ def _check(config: EvaluateConfig) -> AdapterInfo:
     base, info = open_base(config.base), read_adapter_info(resolve_adapter(config.adapter))
     height, width = base._size(None, None)
     if config.protocol == "nano" and (height, width) != (64, 64):
-        raise UsageError(f"base must be a 64 px model such as nano for the emoji table, got one of {height} x {width} px")
+        raise UsageError(f"base must be a 64 px model such as nano for nano's table, got one of {height} x {width} px")
     check_fits(base.transformer, info)
     check_steps("steps", config.steps, base.scheduler)
     return info

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,7 @@ from realgeneral.buckets import Bucketed, OneSize, Order, Size, bucket_sizes, re
 from realgeneral.config import DataSettings, TrainConfig
 from realgeneral.data import PairDataset, TextCheck
 from realgeneral.errors import UsageError
+from realgeneral.mixture import read_entries
 from realgeneral.objective import StoredTexts, TextCache, Texts
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.records import Source
@@ -22,7 +24,7 @@ from realgeneral.tasks import DEFAULT_TASKS, get_task
 def run_tasks(specs: Sequence[str], data: str) -> list[str]:
     """The tasks of a run: those asked for, else nano's six for its data and the paper's seven for others."""
     specs = list(specs)
-    if not specs and data in BUILT_IN:
+    if not specs and _packaged(data):
         from realgeneral.nano.pairs import NANO_TASKS
 
         specs = list(NANO_TASKS)
@@ -34,6 +36,13 @@ def run_tasks(specs: Sequence[str], data: str) -> list[str]:
     if len(set(names)) != len(names):
         raise UsageError(f"tasks must each be given once, got {names}")
     return [task.spec for task in tasks]
+
+
+def _packaged(data: str) -> bool:
+    """Whether it is packaged data, or a list of nothing else."""
+    if not data.lower().endswith(".json") or not Path(data).is_file():
+        return data in BUILT_IN
+    return all(entry.data in BUILT_IN for entry in read_entries(Path(data)))
 
 
 def picture_size(config: DataSettings, pipe: RealGeneralPipeline) -> Size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -9,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from realgeneral.errors import Failure, UsageError
-from realgeneral.records import BaseSource, Block, Record, Source, file_stamp
+from realgeneral.records import BaseSource, Block, Record, Source
 from realgeneral.sources import BUILT_IN, Shards, open_source
+from realgeneral.tables import RowGroups
 from realgeneral.tasks import TASKS
 
 
 @dataclass(frozen=True)
-class Part:
+class Entry:
     """An entry of the list.
 
     Attributes:
         data: As `--data`; a relative path is relative to the list's folder.
         repeat: How often its rows come in an epoch, at least 1.
         task: Name of the task of its rows; empty = drawn from the run's, or as the row says.
-        columns: As `--columns`.
+        columns: As `--columns`; paths are relative like `data`.
     """
 
     data: str
@@ -32,22 +34,25 @@ class Part:
 
 
 class Member(BaseSource):
-    """A data set of a list: its rows are named after it, and are of its task."""
+    """A data set of a list: messages name it before the row, and its rows are of its task."""
 
-    def __init__(self, source: Source, part: Part) -> None:
-        self.source, self.part, self.seeded = source, part, source.seeded
+    def __init__(self, source: Source, entry: Entry) -> None:
+        self.source, self.entry, self.seeded = source, entry, source.seeded
 
     def __len__(self) -> int:
         return len(self.source)
 
     def row_name(self, index: int) -> str:
-        """The source's name of the row, with the data set's before it unless it is a built-in one."""
-        name = self.source.row_name(index)
-        return name if self.part.data in BUILT_IN else f"{self.part.data}: {name}"
+        """The source's: random draws belong to it, in a list or alone."""
+        return self.source.row_name(index)
 
     def record(self, index: int, seed: int) -> Record:
         """The source's record; Failure if it is of another task."""
-        record, name, task = self.source.record(index, seed), self.row_name(index), self.part.task or None
+        try:
+            record = self.source.record(index, seed)
+        except Failure as error:
+            raise Failure(f"{self.entry.data}: {error}") from None
+        name, task = f"{self.entry.data}: {record.name}", self.entry.task or None
         if task and record.task not in (None, task):
             raise Failure(f"{name}: task must be {task!r}, as the list says, got {record.task!r}")
         return replace(record, name=name, task=task or record.task)
@@ -58,67 +63,76 @@ class Member(BaseSource):
         return self.source.blocks
 
     def stamp(self) -> str:
-        """The source's stamp, and the task."""
-        stamp = self.source.stamp()
-        return f"{stamp} {self.part.task}" if stamp else ""
+        """The source's stamp."""
+        return self.source.stamp()
 
 
 class Mixture(Shards):
     """The data sets of a list, one after the other; rows of one with `repeat` n are there n times.
 
     Args:
-        path: The .json file: a list of objects with the fields of `Part`.
+        path: The .json file: a list of objects with the fields of `Entry`.
+        repeats: False: each data set once, for what needs a row once.
 
     Raises:
         UsageError: It says something else.
-        Failure: There is no such file, or a data set of it cannot be opened.
+        Failure: A data set of it cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        sources: list[Source] = []
-        parts = read_parts(path)
-        self.tasks = frozenset(part.task for part in parts if part.task)
-        for part in parts:
-            inside = part.data in BUILT_IN or part.data.startswith("hf:")
-            source = open_source(part.data if inside else str(path.parent / part.data), part.columns)
-            sources += [Member(source, part)] * part.repeat
-        super().__init__(sources)
-        self.seeded = any(source.seeded for source in sources)
+    def __init__(self, path: Path, repeats: bool = True) -> None:
+        entries, groups = read_entries(path), RowGroups()
+        members: list[Member] = []
+        # what a run's order and draws depend on
+        self.shares: list[list[Any]] = []
+        for i, entry in enumerate(entries, 1):
+            try:
+                source = open_source(_beside(path, entry.data), [_map_beside(path, c) for c in entry.columns], groups=groups)
+            except (UsageError, Failure) as error:
+                raise type(error)(f"{path} entry {i}: {error}") from None
+            members += [Member(source, entry)] * (entry.repeat if repeats else 1)
+            self.shares.append([len(source), entry.repeat, entry.task])
+        super().__init__(members)
+        self.seeded = any(member.seeded for member in members)
+        self.tasks = frozenset(entry.task for entry in entries if entry.task)
 
-    def stamp(self) -> str:
-        """The list's and the parts' stamps."""
-        stamp = super().stamp()
-        return f"{file_stamp([self.path])}\n{stamp}" if stamp else ""
+
+def _beside(path: Path, data: str) -> str:
+    """`data` with a relative path made relative to the list's folder."""
+    if data in BUILT_IN or data.startswith("hf:"):
+        return data
+    folder = str(path.parent)
+    return str(Path(glob.escape(folder) if glob.has_magic(data) else folder) / data)
 
 
-def read_parts(path: Path) -> list[Part]:
+def _map_beside(path: Path, column: str) -> str:
+    return str(path.parent / column) if column.endswith((".json", ".yaml", ".yml")) else column
+
+
+def read_entries(path: Path) -> list[Entry]:
     """Read and check a list; UsageError names the entry that is wrong."""
-    if not path.is_file():
-        raise Failure(f"data must be an existing folder or file, got {path}")
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"data must be a JSON list of data sets, got {path}: {error}") from None
     if not isinstance(listed, list) or not listed:
         raise UsageError(f"{path} must hold a list of at least one data set, got {json.dumps(listed)[:60]}")
-    return [_part(f"{path} entry {i}", entry) for i, entry in enumerate(listed, 1)]
+    return [_entry(f"{path} entry {i}", entry) for i, entry in enumerate(listed, 1)]
 
 
-def _part(name: str, entry: Any) -> Part:
-    known = [f.name for f in fields(Part)]
+def _entry(name: str, entry: Any) -> Entry:
+    known = [f.name for f in fields(Entry)]
     if not isinstance(entry, dict) or set(entry) - set(known):
         raise UsageError(f"{name} must be an object with keys of {known}, got {json.dumps(entry)[:80]}")
     data = entry.get("data")
-    if not isinstance(data, str) or not data or data.endswith(".json"):
+    if not isinstance(data, str) or not data or data.lower().endswith(".json"):
         raise UsageError(f"{name} must have a data set that is not a list itself as data, got {data!r}")
     repeat = entry.get("repeat", 1)
-    if type(repeat) is not int or repeat < 1:
-        raise UsageError(f"{name} must have a whole number of at least 1 as repeat, got {repeat!r}")
+    if type(repeat) is not int or not 1 <= repeat <= 1000:
+        raise UsageError(f"{name} must have a whole number of 1 to 1000 as repeat, got {repeat!r}")
     columns = entry.get("columns", [])
     if not isinstance(columns, list) or not all(isinstance(c, str) for c in columns):
         raise UsageError(f"{name} must have a list of strings as columns, got {columns!r}")
     task = entry.get("task", "")
     if not isinstance(task, str) or (task and task not in TASKS):
         raise UsageError(f"{name} must have one of {sorted(TASKS)} as task, got {task!r}")
-    return Part(**entry)
+    return Entry(**entry)

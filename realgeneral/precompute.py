@@ -121,7 +121,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
     """
     part, count = parse_shard(config.shard)
     tasks = run_tasks(config.tasks, config.data)
-    source = open_source(config.data, config.columns)
+    source = open_source(config.data, config.columns, repeats=False)
     pipe = load_for_data(config.base)
     window = pipe.transformer.config.max_text_seq_length
     order = run_order(config, pipe, source, batch_size=1, seed=0)

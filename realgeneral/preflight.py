@@ -13,11 +13,13 @@ from realgeneral.adapter import check_fits, check_targets, read_adapter_info
 from realgeneral.arguments import check_steps
 from realgeneral.bases import base_folder, load_for_data
 from realgeneral.config import TrainConfig
+from realgeneral.data import check_tasks
 from realgeneral.errors import Failure, UsageError
 from realgeneral.kernels import check_kernels
 from realgeneral.loading import encoder_dtype, run_buckets, run_tasks
 from realgeneral.optimizers import check_optimizer
 from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.records import Source
 from realgeneral.store import check_settings, read_settings
 from realgeneral.tasks import get_task
 
@@ -59,8 +61,8 @@ def tasks_to_train(config: TrainConfig) -> list[str]:
     return tasks
 
 
-def check_training(config: TrainConfig, device: torch.device) -> None:
-    """What a training run would meet after its base is loaded: on a large one that takes minutes.
+def check_training(config: TrainConfig, source: Source, device: torch.device) -> None:
+    """What a training run on `source` would meet after its base is loaded: on a large one that takes minutes.
 
     Raises:
         UsageError: A setting does not fit the base, the adapter to start from, or this machine.
@@ -72,7 +74,7 @@ def check_training(config: TrainConfig, device: torch.device) -> None:
     if config.init_adapter:
         check_fits(base.transformer, read_adapter_info(resolve_adapter(config.init_adapter)), config.preset)
     check_targets(base.transformer, config.lora_targets)
-    tasks_to_train(config)
+    check_tasks(source, tasks_to_train(config))
     run_buckets(config, base)
     if config.sample_count:
         check_steps("sample_steps", config.sample_steps, base.scheduler)

@@ -13,20 +13,19 @@ from realgeneral.objective import Texts
 from realgeneral.pictures import picture_grid
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.records import Source
+from realgeneral.sources import BUILT_IN, built_in
 
 
 def sample_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source, texts: Texts) -> Image.Image:
-    """A grid (condition | result | target) of the first `sample_count` rows of a fixed order; held-out rows for nano.
+    """A grid (condition | result | target) of the first `sample_count` rows of a fixed order; of packaged data held-out rows.
 
     With precomputed inputs the rows are those of training, whose text features are stored, and the VAE is lent to the device.
 
     A result equals what `realgeneral generate` makes of the same prompt, condition, seed, steps and guidance, bit for bit in
     float32.
     """
-    if config.data == "nano" and not config.precomputed:
-        from realgeneral.nano.pairs import NanoSource
-
-        source = NanoSource("held_out", augment=False)
+    if config.data in BUILT_IN and not config.precomputed:
+        source = built_in(config.data, "held_out")
     with lent(pipe.vae, pipe.transformer.device):
         return _grid(pipe, config, info, source, texts)
 

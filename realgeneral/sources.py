@@ -22,7 +22,7 @@ BUILT_IN = ("nano", "avatars")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def open_source(path: str, columns: Sequence[str] = ()) -> Source:
+def open_source(path: str, columns: Sequence[str] = (), *, repeats: bool = True, groups: RowGroups | None = None) -> Source:
     """Open training data by what its path is.
 
     Args:
@@ -30,33 +30,38 @@ def open_source(path: str, columns: Sequence[str] = ()) -> Source:
             save_to_disk; a .parquet or .tar file; a glob of those; "hf:NAME[:CONFIG][@SPLIT]"; a .json list of several of these
             (`realgeneral.mixture`).
         columns: As `parse_columns` takes them.
+        repeats: Whether a list's rows are there as often as it says, or once.
+        groups: Where parquet files keep what they read last; default: their own.
 
     Raises:
         Failure: No such file, or no rows in it.
         UsageError: Not a kind of data that is known, or a column map that is wrong.
     """
-    source: Source
-    if path in BUILT_IN or path.endswith(".json"):
-        if columns:
-            raise UsageError(f"columns must not be given for the data {path}, got {list(columns)}")
-        return _built_in(path)
-    source = _open(path, parse_columns(columns))
+    a_list = path.lower().endswith(".json") and not Path(path).is_dir()
+    if columns and (path in BUILT_IN or a_list):
+        raise UsageError(f"columns must not be given for {path}, got {list(columns)}")
+    if path in BUILT_IN:
+        return built_in(path, "train")
+    if a_list and Path(path).is_file():
+        from realgeneral.mixture import Mixture
+
+        return Mixture(Path(path), repeats)
+    source = _open(path, parse_columns(columns), RowGroups() if groups is None else groups)
     if len(source) == 0:
         raise Failure(f"data must hold at least one row, got none in {path}")
     return source
 
 
-def _built_in(path: str) -> Source:
-    from realgeneral.mixture import Mixture
+def built_in(name: str, split: str) -> Source:
+    """A split of the packaged data `name` of `BUILT_IN`; the held-out one is not augmented."""
     from realgeneral.nano.avatars import AvatarSource
     from realgeneral.nano.pairs import NanoSource
 
-    if path in BUILT_IN:
-        return NanoSource("train") if path == "nano" else AvatarSource("train")
-    return Mixture(Path(path))
+    augment = split == "train"
+    return NanoSource(split, augment) if name == "nano" else AvatarSource(split, augment)
 
 
-def _open(path: str, columns: ColumnMap) -> Source:
+def _open(path: str, columns: ColumnMap, groups: RowGroups) -> Source:
     place = Path(path)
     if path.startswith("hf:") or (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():
         return open_huggingface(path, columns)
@@ -64,23 +69,22 @@ def _open(path: str, columns: ColumnMap) -> Source:
         files = [Path(p) for p in sorted(glob.glob(path, recursive=True))]
         if not files:
             raise Failure(f"data must match at least one file, got none for {path}")
-        return _open_shards(files, columns)
+        return _open_shards(files, columns, groups)
     if not place.exists():
         raise Failure(f"data must be an existing folder or file, got {path}")
     if not place.is_dir():
-        return _open_shards([place], columns)
+        return _open_shards([place], columns, groups)
     if not (place / "metadata.jsonl").is_file():
         files = sorted(place.iterdir())
         shards = [p for p in files if p.suffix in (".parquet", ".tar") and p.is_file()]
         if shards and any(p.suffix.lower() in PICTURES for p in files):
             raise UsageError(f"data must be a folder of pictures or of shards, got {path} with both, such as {shards[0].name}")
         if shards:
-            return _open_shards(shards, columns)
+            return _open_shards(shards, columns, groups)
     return FolderSource(place, columns)
 
 
-def _open_shards(files: Sequence[Path], columns: ColumnMap) -> Source:
-    groups = RowGroups()
+def _open_shards(files: Sequence[Path], columns: ColumnMap, groups: RowGroups) -> Source:
     parts: list[Source] = []
     for file in files:
         if file.suffix == ".parquet":
@@ -88,7 +92,7 @@ def _open_shards(files: Sequence[Path], columns: ColumnMap) -> Source:
         elif file.suffix == ".tar":
             parts.append(TarSource(file, columns))
         else:
-            raise UsageError(f"data must be a folder, a .parquet or a .tar file, got {file}")
+            raise UsageError(f"data must be a folder, a .parquet or a .tar file, or a .json list of such, got {file}")
     return parts[0] if len(parts) == 1 else Shards(parts)
 
 

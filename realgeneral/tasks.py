@@ -33,6 +33,8 @@ class Task:
 
     name: ClassVar[str]
     derives: ClassVar[bool] = False
+    # whether another picture of the same subject can be the condition
+    of_subject: ClassVar[bool] = False
     # whether the images depend on the seed; False lets `realgeneral precompute` keep one instead of several draws
     seeded: ClassVar[bool] = True
 
@@ -89,6 +91,7 @@ class Customization(Task):
     """Subject-driven generation: the condition shows the subject, the prompt says what to do with it."""
 
     name = "customization"
+    of_subject = True
 
 
 @register

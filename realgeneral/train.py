@@ -104,7 +104,7 @@ def open_run(config: TrainConfig, engine: Engine) -> Run:
     agree_on_start(engine, output, start)
     with engine.together():
         source = open_source(config.data, config.columns)
-        check_training(config, engine.device)
+        check_training(config, source, engine.device)
         pipe, info = load_models(config, engine.device)
         if resumed:
             checkpoint.load_weights(resumed, pipe.transformer)

@@ -50,7 +50,7 @@ class Avatar:
         seed: What it was drawn from; identifies it.
         kind: What it is, in words.
         shape: Its parts, in the drawing's own names.
-        split: "train" or "held_out"; avatars of one shape are in the same split.
+        split: "train" or "held_out"; avatars of one shape, a combination of parts, are in the same split.
         eyes: The eyes of each face, of `EYES`.
         mouths: The mouth of each face, of `MOUTHS`.
     """
@@ -123,13 +123,14 @@ class AvatarSource(BaseSource):
         split: "train" or "held_out".
         augment: Mirror at random; sometimes keep the reference's face or its background, and then perhaps say nothing of it.
             Without it, face and background both change and the prompt tells all.
+        same_background: Without `augment`: the background stays, and the prompt tells it.
     """
 
     seeded = True  # the reference's face, and the backgrounds
 
-    def __init__(self, split: str, augment: bool = True) -> None:
+    def __init__(self, split: str, augment: bool = True, same_background: bool = False) -> None:
         self.avatars = load_avatars(split)
-        self.augment = augment
+        self.augment, self.same_background = augment, same_background
 
     def __len__(self) -> int:
         return len(self.avatars) * FACES
@@ -161,8 +162,8 @@ class AvatarSource(BaseSource):
         """The reference's face; the backgrounds of target and reference."""
         other = rng.choice([f for f in range(FACES) if self.augment or f != face])
         background, before = _background(rng), _background(rng)
-        if self.augment and rng.random() < SAME_BACKGROUND:
-            before = background
+        if self.same_background or (self.augment and rng.random() < SAME_BACKGROUND):
+            return other, background, background
         while not self.augment and before == background:
             before = _background(rng)
         return other, background, before

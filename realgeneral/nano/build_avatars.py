@@ -72,7 +72,7 @@ def draw(style: Any, options: dict[str, Any]) -> tuple[Image.Image, dict[str, An
 
 
 def held_out(shape: str, share: float) -> bool:
-    """Whether avatars of a shape are kept from training: by a hash, so that no shape is on both sides."""
+    """Whether avatars of a shape, which is a combination of parts, are kept from training: by a hash, so that none is on both sides."""
     return int.from_bytes(hashlib.sha256(shape.encode()).digest()[:4], "big") < share * 2**32
 
 
@@ -84,6 +84,8 @@ def avatars_of(name: str, counts: dict[str, int], share: float) -> list[dict[str
     style = Style(json.loads((files("dicebear_styles") / f"{name}.json").read_text(encoding="utf-8")))
     left = dict(counts)
     while any(left.values()):
+        if number == 100 * sum(counts.values()):
+            raise SystemExit(f"{name} must have {counts} avatars that differ, got {left} too few of them in {number} seeds")
         seed, number = f"{name}-{number}", number + 1
         look, options = draw(style, {"seed": seed, "eyesVariant": kind.eyes[0], "mouthVariant": kind.mouths[0]})
         shape = " ".join([name, *(str(options.get(key)) for key in kind.shape)])

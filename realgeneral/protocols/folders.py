@@ -105,7 +105,7 @@ def captioned_cases(data: str, columns: Sequence[str] = ()) -> tuple[list[Case],
         if columns:
             raise UsageError(f"columns must not be given for a COCO-shaped folder, got {list(columns)} for {data}")
         return _coco_cases(path, listings), []
-    source = open_source(data, columns)
+    source = open_source(data, columns, repeats=False)
     cases, bad = [], []
     for i in range(len(source)):
         try:

@@ -202,7 +202,7 @@ def test_customization_is_measured_on_concept_and_style() -> None:
     """The truth is found in the style that was asked for; the condition, another style's picture, never."""
     pairs = nano_pairs("customization", 8, (64, 64), 0)
     scores = measures("customization", pairs)
-    asked = scores["concept in asked style R@1"]
+    asked = scores["concept in asked state R@1"]
     assert asked(pairs.truth).min() == 1.0
     assert asked(pairs.conditions).max() == 0.0
     assert scores["same concept R@1"](pairs.conditions).mean() > 0
@@ -213,11 +213,11 @@ def test_evaluate_writes_table_json_and_grids(tmp_path) -> None:
     results = evaluate(
         EvaluateConfig(output=str(tmp_path), tasks=["canny", "customization"], concepts=3, steps=1, batch_size=2)
     )
-    assert list(results) == ["canny", "customization"]
+    assert list(results) == ["canny", "customization", "customization of face", "customization of style"]
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert table == markdown(results)
     assert "edge F1" in table and "same concept R@1" in table
-    for name in ("results.json", "canny.png", "customization.png"):
+    for name in ("results.json", "canny.png", "customization.png", "customization-of-style.png"):
         assert (tmp_path / name).stat().st_size > 0
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageColor, ImageOps
 
 from realgeneral import RealGeneralPipeline
-from realgeneral.evaluate import STYLE_CHANGE, avatar_pairs, measures, table_pairs
+from realgeneral.evaluate import FACE_CHANGE, STYLE_CHANGE, avatar_pairs, measures, table_pairs
 from realgeneral.nano import avatars as module
 from realgeneral.nano.avatars import BACKGROUNDS, EYES, FACES, MOUTHS, PARQUET, AvatarSource, load_avatars, pack_faces
 from realgeneral.sources import open_source
@@ -129,10 +129,14 @@ def test_customization_is_measured_on_subject_and_state() -> None:
     assert same(other).mean() > 0.8
 
 
-def test_the_table_has_both_kinds_of_customization() -> None:
-    """Avatars under the task's name, emoji in another style beside them; other tasks on emoji."""
+def test_the_table_has_three_kinds_of_customization() -> None:
+    """Avatars under the task's name, avatars on one background and emoji in another style beside them; other tasks on emoji."""
     parts = dict(table_pairs(["customization", "colouring"], 2, (64, 64), 0))
-    assert list(parts) == ["customization", STYLE_CHANGE, "colouring"]
-    assert {"monster", "potted plant", "face"} >= {s.subject for s in parts["customization"].samples}
+    assert list(parts) == ["customization", FACE_CHANGE, STYLE_CHANGE, "colouring"]
+    for name in ("customization", FACE_CHANGE):
+        assert {s.subject for s in parts[name].samples} <= {"monster", "potted plant", "face"}
+    assert torch.equal(parts[FACE_CHANGE].truth, parts["customization"].truth)
+    corners = [pairs[..., 0, 0] for pairs in (parts[FACE_CHANGE].truth, parts[FACE_CHANGE].conditions)]
+    assert torch.equal(*corners)
     assert parts[STYLE_CHANGE].names == parts["colouring"].names
     assert {s.task for s in parts[STYLE_CHANGE].samples} == {"customization"}

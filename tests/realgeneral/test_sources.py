@@ -87,7 +87,7 @@ def test_column_map_of_a_tar(tmp_path: Path) -> None:
 
 def test_columns_of_nano() -> None:
     """The packaged data has none."""
-    with pytest.raises(UsageError, match="columns must not be given for the nano data"):
+    with pytest.raises(UsageError, match="columns must not be given for nano"):
         open_source("nano", ["target=image"])
 
 
