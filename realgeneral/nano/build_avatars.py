@@ -72,7 +72,7 @@ def draw(style: Any, options: dict[str, Any]) -> tuple[Image.Image, dict[str, An
 
 
 def held_out(shape: str, share: float) -> bool:
-    """Whether avatars of a shape, which is a combination of parts, are kept from training: by a hash, so that none is on both sides."""
+    """Whether avatars of a shape (a combination of parts) are kept from training: by a hash, so that none is on both sides."""
     return int.from_bytes(hashlib.sha256(shape.encode()).digest()[:4], "big") < share * 2**32
 
 
