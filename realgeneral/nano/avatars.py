@@ -1,4 +1,4 @@
-"""The packaged avatars: seeded characters with eight faces each, 64 x 64; customization's "same subject, another state".
+"""The packaged avatars: seeded characters with six faces each, 64 x 64; customization's "same subject, another state".
 
 Sources and licences: `assets/licenses/README.md`.
 """
@@ -20,10 +20,9 @@ from realgeneral.records import BaseSource, Picture, Record, file_stamp
 
 PARQUET = ASSETS / "avatars.parquet"
 SIZE = 64
-FACES = 8
-EYES = ("round", "big", "happy", "closed", "winking", "sleepy", "angry", "sideways")
-MOUTHS = ("smiling mouth", "grinning mouth", "round mouth", "straight mouth", "frowning mouth", "wavy mouth", "tongue out",
-          "open mouth", "cat mouth")  # fmt: skip
+FACES = 6
+EYES = ("round", "happy", "closed", "winking", "sleepy", "angry")
+MOUTHS = ("smiling", "grinning", "open", "straight", "frowning", "wavy")
 BACKGROUNDS = {
     "white": "#ffffff",
     "red": "#c8323c",
@@ -80,7 +79,7 @@ class Avatar:
 
     def caption(self, face: int, background: str | None) -> str:
         """For example "monster, sleepy eyes, wavy mouth, blue background"; without the last part if `background` is None."""
-        parts = [self.kind, f"{self.eyes[face]} eyes", self.mouths[face]]
+        parts = [self.kind, f"{self.eyes[face]} eyes", f"{self.mouths[face]} mouth"]
         return ", ".join(parts if background is None else [*parts, f"{background} background"])
 
 
