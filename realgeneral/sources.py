@@ -92,7 +92,7 @@ def _open_shards(files: Sequence[Path], columns: ColumnMap, groups: RowGroups) -
         elif file.suffix == ".tar":
             parts.append(TarSource(file, columns))
         else:
-            raise UsageError(f"data must be a folder, a .parquet or a .tar file, or a .json list of such, got {file}")
+            raise UsageError(f"data must be a folder, a .parquet or a .tar file, got {file}")
     return parts[0] if len(parts) == 1 else Shards(parts)
 
 
