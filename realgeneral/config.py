@@ -16,24 +16,22 @@ def _opt(help: str, default: Any = None, *, many: tuple[str, ...] | None = None,
     return field(default=default, metadata={"help": help, **argparse})
 
 
-# denoising steps and guidance of nano, one scale on prompt and condition; for customization another on the condition: how they
-# were chosen is in docs/results.md
-NANO_STEPS, NANO_GUIDANCE, NANO_CUSTOMIZATION_GUIDANCE = 10, 1.5, 3.0
+# denoising steps and guidance of nano, one scale on prompt and condition, and that for customization; how they were chosen:
+# docs/results.md
+NANO_STEPS, NANO_GUIDANCE, NANO_CUSTOMIZATION_GUIDANCE = 10, 1.5, 2.0
 # CogVideoX's own, which has no guidance on a condition
 STEPS, GUIDANCE, IMAGE_GUIDANCE = 50, 6.0, 1.0
-GUIDANCE_HELP = f"classifier-free guidance; if not given {NANO_GUIDANCE}, which fits nano"
-IMAGE_GUIDANCE_HELP = (
-    f"guidance on the condition, 1 = none; if not given {NANO_GUIDANCE}, for customization {NANO_CUSTOMIZATION_GUIDANCE}, "
-    "which fits nano"
-)
+_FITTING = f"if not given {NANO_GUIDANCE}, for customization {NANO_CUSTOMIZATION_GUIDANCE}, which fits nano"
+GUIDANCE_HELP = f"classifier-free guidance; {_FITTING}"
+IMAGE_GUIDANCE_HELP = f"guidance on the condition, 1 = none; {_FITTING}"
 # NumPy's largest; a seed's products with sample and epoch numbers then fit in PyTorch's 64 bits
 MAX_SEED = 2**32 - 1
 
 
 def nano_guidance(task: str) -> tuple[float, float]:
     """The scales of guidance on prompt and condition that fit nano."""
-    customization = task.partition(":")[0] == "customization"
-    return NANO_GUIDANCE, NANO_CUSTOMIZATION_GUIDANCE if customization else NANO_GUIDANCE
+    scale = NANO_CUSTOMIZATION_GUIDANCE if task.partition(":")[0] == "customization" else NANO_GUIDANCE
+    return scale, scale
 
 
 def guidance(config: Any, task: str) -> tuple[float, float]:

@@ -63,7 +63,7 @@ def test_metadata_holds_the_settings(settings: dict[str, Any]) -> None:
     ("base", "task", "fitting"),
     [
         ("nano", "deblurring:radius=16", (10, 1.5, 1.5)),
-        ("nano", "customization", (10, 1.5, 3.0)),
+        ("nano", "customization", (10, 2.0, 2.0)),
         ("THUDM/CogVideoX-5b", "customization", (50, 6.0, 1.0)),
     ],
 )

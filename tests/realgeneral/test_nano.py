@@ -17,7 +17,7 @@ from realgeneral.adapter import read_adapter_info
 from realgeneral.config import DemoConfig, EvaluateConfig
 from realgeneral.data import PairDataset
 from realgeneral.demo import demo
-from realgeneral.evaluate import evaluate, generate_all, interval, markdown, measures, nano_pairs
+from realgeneral.evaluate import avatar_pairs, evaluate, generate_all, interval, markdown, measures, nano_pairs
 from realgeneral.metrics import edge_f1, psnr, retrieval_hits, ssim
 from realgeneral.nano.colours import COLOURS, colour_words
 from realgeneral.nano.emoji import PARQUET, STYLES, Concept, caption, load_emoji
@@ -181,6 +181,16 @@ def test_adapter_beats_copying_and_the_base(pipe: RealGeneralPipeline) -> None:
         copied = interval(psnr(pairs.conditions, pairs.truth))[0]
         assert made > copied + above_copy
         assert made > unadapted + above_base
+
+
+def test_customization_gives_the_subject_the_state_that_is_asked_for(pipe: RealGeneralPipeline) -> None:
+    """Held-out avatars: on the asked background, and with the asked face more often than the one in six of chance."""
+    settings = EvaluateConfig(steps=8, batch_size=12, concepts=12)
+    pairs = avatar_pairs(settings.concepts, (64, 64), 0)
+    made = generate_all(pipe, pairs, settings)
+    scores = measures("customization", pairs)
+    assert scores["concept in asked state R@1"](made).mean() > 1 / 3
+    assert scores["PSNR dB"](made).mean() > scores["PSNR dB"](pairs.conditions).mean() + 8
 
 
 def test_metrics_know_identity_and_difference() -> None:
