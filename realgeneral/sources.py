@@ -1,4 +1,4 @@
-"""Where training rows come from: a folder, parquet or WebDataset shards, Hugging Face `datasets`, or the packaged emoji.
+"""Where training rows come from: a folder, parquet or WebDataset shards, Hugging Face `datasets`, packaged data, a list of those.
 
 A row has a `target` picture, a `prompt`, and either `condition` picture(s) or a task that derives one.
 """

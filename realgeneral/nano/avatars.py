@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from realgeneral.nano.common import ASSETS
-from realgeneral.nano.emoji import SPLITS
+from realgeneral.nano.emoji import of_split
 from realgeneral.records import BaseSource, Picture, Record, file_stamp
 
 PARQUET = ASSETS / "avatars.parquet"
@@ -110,9 +110,7 @@ def load_avatars(split: str | None = None) -> list[Avatar]:
     Raises:
         ValueError: If `split` is unknown.
     """
-    if split is not None and split not in SPLITS:
-        raise ValueError(f"split must be one of {list(SPLITS)} or None, got {split!r}")
-    return [a for a in _load_all() if split is None or a.split == split]
+    return of_split(_load_all(), split)
 
 
 class AvatarSource(BaseSource):

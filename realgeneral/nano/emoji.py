@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import pyarrow.parquet as pq
 from PIL import Image
@@ -23,6 +24,16 @@ STYLE_WORDS = {
 }
 STYLES = tuple(STYLE_WORDS)
 SPLITS = ("train", "held_out")
+
+
+class Split(Protocol):
+    """What belongs to a split."""
+
+    @property
+    def split(self) -> str: ...
+
+
+T = TypeVar("T", bound=Split)
 
 
 @dataclass(frozen=True)
@@ -80,9 +91,14 @@ def load_emoji(split: str | None = None) -> list[Concept]:
     Raises:
         ValueError: If `split` is unknown.
     """
+    return of_split(_load_all(), split)
+
+
+def of_split(things: Sequence[T], split: str | None) -> list[T]:
+    """Those of one split, or all if it is None; ValueError if it is unknown."""
     if split is not None and split not in SPLITS:
         raise ValueError(f"split must be one of {list(SPLITS)} or None, got {split!r}")
-    return [c for c in _load_all() if split is None or c.split == split]
+    return [thing for thing in things if split is None or thing.split == split]
 
 
 def caption(concept: Concept, style: str, colours: Sequence[str] = ()) -> str:
