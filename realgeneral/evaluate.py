@@ -210,7 +210,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             # an empty condition is something that only training with condition dropout teaches
             "base": generate_all(base, pairs, replace(config, image_guidance_scale=1.0), f"{name}, base"),
         }
-        values = {m: {k: fn(images[m]) for k, fn in measures(pairs.samples[0].task, pairs).items()} for m in METHODS}
+        measured = measures(pairs.samples[0].task, pairs)
+        values = {m: {k: fn(images[m]) for k, fn in measured.items()} for m in METHODS}
         results[name] = {"count": len(pairs.samples), **scores(values)}
         save_picture(comparison_grid(pairs, images, 12), output / f"{name.replace(' ', '-')}.png")
         write_text(output / "table.md", note + markdown(results))

@@ -1,4 +1,4 @@
-"""Where training rows come from: a folder, parquet or WebDataset shards, Hugging Face `datasets`, packaged data, a list of those.
+"""Where training rows come from: a folder, parquet or WebDataset shards, Hugging Face `datasets`, packaged data, lists.
 
 A row has a `target` picture, a `prompt`, and either `condition` picture(s) or a task that derives one.
 """

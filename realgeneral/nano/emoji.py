@@ -30,7 +30,8 @@ class Split(Protocol):
     """What belongs to a split."""
 
     @property
-    def split(self) -> str: ...
+    def split(self) -> str:
+        """Its name, of `SPLITS`."""
 
 
 T = TypeVar("T", bound=Split)
