@@ -19,7 +19,7 @@ from realgeneral.buckets import Size
 from realgeneral.config import EvaluateConfig, guidance
 from realgeneral.data import PairDataset, Sample
 from realgeneral.errors import UsageError
-from realgeneral.metrics import edge_f1, psnr, retrieval_hits, ssim
+from realgeneral.metrics import edge_f1, feature_hits, image_features, psnr, ssim
 from realgeneral.nano.avatars import FACES, AvatarSource
 from realgeneral.nano.pairs import TARGET_STYLES, NanoSource
 from realgeneral.pictures import picture_grid, save_picture, to_pixels
@@ -149,13 +149,13 @@ def measures(task: str, pairs: NanoPairs) -> dict[str, Callable[[Tensor], Tensor
     if task == "customization":
         # galleries: every compared concept in the state that was asked for; every compared concept in every state
         ranks = torch.arange(len(pairs.names))
-        asked = _stack(states[i] for states, i in zip(pairs.states, pairs.asked, strict=True))
-        every = _stack(picture for states in pairs.states for picture in states)
+        every = image_features(_stack(picture for states in pairs.states for picture in states))
         places = ranks * len(pairs.states[0]) + torch.tensor(pairs.asked)
+        asked = every[places]
         return {
-            "same concept R@1": lambda x: retrieval_hits(x, asked, ranks, 1),
-            "same concept R@5": lambda x: retrieval_hits(x, asked, ranks, 5),
-            "concept in asked state R@1": lambda x: retrieval_hits(x, every, places, 1),
+            "same concept R@1": lambda x: feature_hits(image_features(x), asked, ranks, 1),
+            "same concept R@5": lambda x: feature_hits(image_features(x), asked, ranks, 5),
+            "concept in asked state R@1": lambda x: feature_hits(image_features(x), every, places, 1),
             **table,
         }
     if task in ("canny", "image-to-sketch"):

@@ -94,8 +94,12 @@ def retrieval_hits(queries: Tensor, gallery: Tensor, truth: Tensor, top: int = 1
     Note:
         An ImageNet classifier's features, neither CLIP nor DINO; chance is top / G.
     """
-    similarity = image_features(queries) @ image_features(gallery).T
-    nearest = similarity.topk(min(top, len(gallery)), dim=1).indices
+    return feature_hits(image_features(queries), image_features(gallery), truth, top)
+
+
+def feature_hits(queries: Tensor, gallery: Tensor, truth: Tensor, top: int = 1) -> Tensor:
+    """As `retrieval_hits`, of unit-norm features [B, D] and [G, D]."""
+    nearest = (queries @ gallery.T).topk(min(top, len(gallery)), dim=1).indices
     return (nearest == truth[:, None]).any(dim=1).float()
 
 
