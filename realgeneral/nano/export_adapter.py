@@ -1,6 +1,7 @@
 """Recipe, last step: store a trained nano adapter in float16 beside the packaged base.
 
-realgeneral train --data realgeneral/nano/mixture.json --output outputs/nano ... && python -m realgeneral.nano.export_adapter outputs/nano
+realgeneral train --data realgeneral/nano/mixture.json --output outputs/nano ...
+python -m realgeneral.nano.export_adapter outputs/nano
 """
 
 from __future__ import annotations
