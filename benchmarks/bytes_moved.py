@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor
 
 from benchmarks.launches import Launch, tensors
@@ -75,23 +74,9 @@ def distinct_bytes(x: Tensor) -> int:
     return numel * x.element_size()
 
 
-def predicted_ms(moved: Bytes, bytes_per_second: float) -> float:
-    """The time that these bytes take at a bandwidth, in milliseconds; launches and latency left out."""
-    return moved.total / bytes_per_second * 1e3
-
-
 def _kind(kernel: str, name: str) -> str:
     kinds = {"tokens": TOKENS, "parameters": PARAMETERS, "statistics": STATISTICS, "tables": TABLES, "scratch": SCRATCH}
     for kind, names in kinds.items():
         if name in names:
             return kind
     raise ValueError(f"{kernel}: argument {name} must be listed in benchmarks/bytes_moved.py, got no kind for it")
-
-
-def device_bandwidth(device: torch.device) -> float | None:
-    """Bandwidth that the maker states, bytes per second, for the devices we name; None for others."""
-    if device.type != "cuda":
-        return None
-    stated = {"H100 PCIe": 2.0e12, "H100": 3.35e12, "H200": 4.8e12, "A100": 2.0e12, "B200": 8.0e12}
-    name = torch.cuda.get_device_name(device)
-    return next((value for key, value in stated.items() if key in name), None)

@@ -104,7 +104,7 @@ class AdapterInfo:
     def from_metadata(cls, metadata: dict[str, str], path: Path) -> AdapterInfo:
         """Read what `to_metadata` wrote; Failure that names the file if an entry is missing."""
         try:
-            return cls(
+            info = cls(
                 preset=metadata["preset"],
                 tasks=tuple(json.loads(metadata["tasks"])),
                 base=metadata["base"],
@@ -114,6 +114,15 @@ class AdapterInfo:
                 signature=tuple(json.loads(metadata.get("signature", "[]"))),
                 versions=json.loads(metadata["versions"]),
             )
+            right = {
+                "tasks": all(isinstance(task, str) for task in info.tasks),
+                "geometry": isinstance(info.geometry, dict),
+                "signature": all(isinstance(mean, int | float) for mean in info.signature),
+                "versions": isinstance(info.versions, dict),
+            }
+            if wrong := [name for name, good in right.items() if not good]:
+                raise ValueError(", ".join(wrong))
+            return info
         except (KeyError, TypeError, ValueError) as error:
             raise Failure(f"{path} must carry RealGeneral's metadata, got a file without a valid {error}") from None
 

@@ -43,10 +43,10 @@ def check_steps(name: str, steps: int, scheduler: Any) -> None:
         raise UsageError(f"{name} must be between 1 and {most}, got {steps}")
 
 
-def check_images(images: int) -> None:
-    """At least one image."""
-    if images < 1:
-        raise UsageError(f"num_images_per_prompt must be at least 1, got {images}")
+def check_at_least_one(name: str, count: int) -> None:
+    """At least one of what `name` counts."""
+    if count < 1:
+        raise UsageError(f"{name} must be at least 1, got {count}")
 
 
 def condition_lists(condition: Conditions | None, batch: int) -> list[list[Image.Image]]:

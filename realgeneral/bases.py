@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
 
-from realgeneral.errors import Failure
+from realgeneral.errors import Failure, UsageError
 from realgeneral.pipeline import RealGeneralPipeline, resolve_base
 from realgeneral.transformer import RealGeneralTransformer3DModel
 from realgeneral.vae import fold_single_frame
@@ -56,6 +56,18 @@ def folder_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def reading(base: str) -> Iterator[None]:
+    """Turn whatever the libraries raise for damaged files of a base into a Failure that names it."""
+    try:
+        yield
+    except (UsageError, Failure, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise Failure(f"base must be a CogVideoX checkpoint that can be read, got {base}: {told}") from error
+
+
 def load_for_data(base: str) -> RealGeneralPipeline:
     """Only what data must fit: tokenizer, sizes, text window. Neither weights nor memory of any model."""
     from transformers import AutoTokenizer
@@ -64,19 +76,26 @@ def load_for_data(base: str) -> RealGeneralPipeline:
     for part in ("tokenizer", "transformer", "vae"):
         if not (folder / part).is_dir():
             raise Failure(f"base must be a CogVideoX checkpoint, got {folder} without {part}")
-    with torch.device("meta"):
+    with reading(base), torch.device("meta"):
         config = RealGeneralTransformer3DModel.load_config(folder, subfolder="transformer")
         transformer = RealGeneralTransformer3DModel.from_config(config)
         vae = AutoencoderKLCogVideoX.from_config(AutoencoderKLCogVideoX.load_config(folder, subfolder="vae"))
-    tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    with reading(base):
+        tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
     pipe = RealGeneralPipeline(tokenizer, None, vae, transformer, CogVideoXDDIMScheduler())
     pipe.vae = None
     return pipe
 
 
 def load_pipeline(base: str, dtype: torch.dtype, **parts: Any) -> RealGeneralPipeline:
-    """A base, or the rest of it beside given `parts` (None: left out): encoders frozen, the VAE folded to single frames."""
-    pipe = RealGeneralPipeline.from_pretrained(base, dtype=dtype, **parts)
+    """A base, or the rest of it beside given `parts` (None: left out): encoders frozen, the VAE folded to single frames.
+
+    Raises:
+        UsageError: The adapter among `parts` is for another base.
+        Failure: Files are missing or damaged.
+    """
+    with reading(base):
+        pipe = RealGeneralPipeline.from_pretrained(base, dtype=dtype, **parts)
     fold_single_frame(pipe.vae)
     for module in filter(None, (pipe.vae, pipe.text_encoder)):
         module.requires_grad_(False).eval()

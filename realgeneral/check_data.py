@@ -19,7 +19,7 @@ from realgeneral.buckets import Bucketed, OneSize, Shape, Size
 from realgeneral.config import CheckDataConfig
 from realgeneral.data import PairDataset, TextCheck
 from realgeneral.errors import Failure
-from realgeneral.loading import describe, picture_size, run_buckets, run_tasks
+from realgeneral.loading import describe, run_buckets, run_size, run_tasks
 from realgeneral.records import Record, Source
 from realgeneral.sources import open_source
 from realgeneral.workers import from_workers
@@ -103,7 +103,7 @@ def check_data(config: CheckDataConfig) -> dict[str, Any]:
     source = open_source(config.data, config.columns, repeats=False)
     pipe = load_for_data(config.base)
     window = pipe.transformer.config.max_text_seq_length
-    size, buckets = picture_size(config, pipe), run_buckets(config, pipe)
+    size, buckets = run_size(config, pipe), run_buckets(config, pipe)
     check, tasks = TextCheck(pipe.tokenizer, window, config.truncate_prompts), run_tasks(config.tasks, config.data)
     pairs = PairDataset(source, tasks, [], size, 0, True, check, order=OneSize(source.blocks, 0, size))
     rows = DataLoader(RowsToCheck(pairs, not config.headers_only), None, num_workers=config.num_workers)

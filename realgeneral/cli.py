@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"realgeneral {command}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:  # the last line of defence: every error is one line, the traceback on demand
-        if "--debug" in rest:
+        if any(argument.partition("=")[0] == "--debug" for argument in rest):
             traceback.print_exc()
         text = " ".join(str(error).split()) or type(error).__name__
         known = isinstance(error, (UsageError, Failure, OSError))

@@ -389,8 +389,6 @@ class PrecomputeConfig(DataSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_at_least_one(self, "variants", "shard_megabytes", "encode_batch")
-        if self.num_workers < 0:
-            raise UsageError(f"num_workers must not be negative, got {self.num_workers}")
 
 
 @dataclass(frozen=True)

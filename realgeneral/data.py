@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, Sampler
 
 from realgeneral.bases import folder_fingerprint
 from realgeneral.buckets import OneSize, Order, Size
-from realgeneral.embedding import cut_prompt, subject_span_mask
+from realgeneral.embedding import cut_prompt, subject_span_mask, token_count
 from realgeneral.errors import Failure, UsageError
 from realgeneral.pictures import fit_picture, to_pixels
 from realgeneral.records import Picture, Record, Source, file_stamp
@@ -129,7 +129,7 @@ class TextCheck:
 
     def tokens(self, prompt: str) -> int:
         """Length of a prompt."""
-        return len(self.tokenizer(prompt).input_ids)
+        return token_count(self.tokenizer, prompt)
 
     def __call__(self, row: Record) -> Record:
         """The row, with its prompt cut if that was asked for."""

@@ -113,6 +113,11 @@ def subject_span_mask(tokenizer: Any, prompts: Sequence[str], subjects: Sequence
     return mask
 
 
+def token_count(tokenizer: Any, prompt: str) -> int:
+    """Length of a prompt, end token included; without the tokenizer's own warning about long ones."""
+    return len(tokenizer(prompt, verbose=False).input_ids)
+
+
 def cut_prompt(tokenizer: Any, prompt: str, window: int) -> str:
     """The start of a prompt that fills the text window: the tokens that stock CogVideoX pipelines, which cut silently, keep.
 
@@ -126,7 +131,7 @@ def cut_prompt(tokenizer: Any, prompt: str, window: int) -> str:
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError("truncate_prompts needs a tokenizer that reports character offsets (is_fast), got a slow one")
-    if len(tokenizer(prompt).input_ids) <= window:
+    if token_count(tokenizer, prompt) <= window:
         return prompt
     offsets = tokenizer(prompt, truncation=True, max_length=window, return_offsets_mapping=True)["offset_mapping"]
     return prompt[: max(stop for _, stop in offsets)]

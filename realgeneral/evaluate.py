@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from realgeneral.adapter import AdapterInfo, check_fits, library_versions, read_adapter_info
 from realgeneral.arguments import check_steps
+from realgeneral.bases import load_pipeline
 from realgeneral.buckets import Size
 from realgeneral.config import EvaluateConfig, guidance
 from realgeneral.data import PairDataset, Sample
@@ -29,7 +30,6 @@ from realgeneral.protocols.report import write_json, write_text
 from realgeneral.records import Source
 from realgeneral.samples import to_picture
 from realgeneral.tasks import get_task
-from realgeneral.vae import fold_single_frame
 
 METHODS = ("adapter", "copy condition", "base")
 FACE_CHANGE, STYLE_CHANGE = "customization of face", "customization of style"
@@ -258,9 +258,8 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def _pipeline(config: EvaluateConfig, adapter: str) -> RealGeneralPipeline:
-    pipe = RealGeneralPipeline.from_pretrained(config.base, adapter=adapter or None)
+    pipe = load_pipeline(config.base, torch.float32, adapter=adapter or None)
     pipe.set_progress_bar_config(disable=True)
-    fold_single_frame(pipe.vae)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from realgeneral.adapter import check_fits, read_adapter_info
 from realgeneral.arguments import check_steps
+from realgeneral.bases import load_pipeline
 from realgeneral.config import GenerateConfig
 from realgeneral.embedding import cut_prompt
 from realgeneral.errors import UsageError
@@ -20,7 +21,6 @@ from realgeneral.pictures import fit_picture, load_picture, save_picture
 from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
 from realgeneral.preflight import check_output, open_base
 from realgeneral.tasks import get_task, mask_out
-from realgeneral.vae import fold_single_frame
 from rgkernels import __version__
 
 
@@ -36,9 +36,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     assert config.guidance_scale is not None
     assert config.image_guidance_scale is not None
     (prompt, negative), conditions, (height, width) = prepare(config, device)
-    dtype = getattr(torch, config.dtype)
-    pipe = RealGeneralPipeline.from_pretrained(config.base, adapter=config.adapter or None, dtype=dtype)
-    fold_single_frame(pipe.vae)
+    pipe = load_pipeline(config.base, getattr(torch, config.dtype), adapter=config.adapter or None)
     use_kernels(pipe.transformer, config.fused_kernels, device)
     if config.offload:
         pipe.enable_model_cpu_offload()
@@ -83,7 +81,10 @@ def prepare(config: GenerateConfig, device: torch.device) -> tuple[list[str], li
     texts = [config.prompt, config.negative_prompt]
     if config.truncate_prompts:
         texts = [cut_prompt(base.tokenizer, text, window) for text in texts]
-    base._check_prompts(texts, window)
+    try:
+        base._check_prompts(texts, window)
+    except UsageError as error:
+        raise UsageError(f"{error}; --truncate-prompts cuts it") from None
     base._subject_mask(texts[:1], config.subject or None, window)
     return texts, pictures or [derive_condition(config, base, width, height)], (height, width)
 
@@ -91,12 +92,14 @@ def prepare(config: GenerateConfig, device: torch.device) -> tuple[list[str], li
 def _check_options(config: GenerateConfig, device: torch.device) -> None:
     """Whether options and files fit each other."""
     try:
-        name = get_task(config.task).name
+        task = get_task(config.task)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    if config.picture and task.of_subject:
+        raise UsageError(f"--condition must be given for task {task.name!r}, which makes none of a picture, got --picture")
     if bool(config.condition) == bool(config.picture):
         raise UsageError(f"one of --condition and --picture must be given, got {'both' if config.picture else 'neither'}")
-    if config.mask and (name != "inpainting" or not config.picture):
+    if config.mask and (task.name != "inpainting" or not config.picture):
         raise UsageError(f"--mask must come with --picture and --task inpainting, got --task {config.task}")
     if config.condition_seed >= 0 and not _draws(config):
         raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,6 +31,9 @@ class Guidance:
     def __post_init__(self) -> None:
         if not self.image >= 1:
             raise UsageError(f"image_guidance_scale must be at least 1, got {self.image}")
+        for name, scale in (("guidance_scale", self.text), ("image_guidance_scale", self.image)):
+            if not math.isfinite(scale):
+                raise UsageError(f"{name} must be finite, got {scale}")
         object.__setattr__(self, "text", max(self.text, 1.0))
 
     @property

@@ -45,7 +45,7 @@ def _packaged(data: str) -> bool:
     return all(entry.data in BUILT_IN for entry in read_entries(Path(data)))
 
 
-def picture_size(config: DataSettings, pipe: RealGeneralPipeline) -> Size:
+def run_size(config: DataSettings, pipe: RealGeneralPipeline) -> Size:
     """(width, height) in pixels, checked against the geometry."""
     height, width = pipe._size(config.height or None, config.width or None)
     return width, height
@@ -57,7 +57,7 @@ def run_buckets(config: DataSettings, pipe: RealGeneralPipeline) -> tuple[Size, 
     limit = None
     if geometry.patch_size_t:
         limit = min(geometry.sample_height, geometry.sample_width) * pipe.vae_scale_factor_spatial
-    return bucket_sizes(config.buckets, picture_size(config, pipe), pipe.size_multiple, limit)
+    return bucket_sizes(config.buckets, run_size(config, pipe), pipe.size_multiple, limit)
 
 
 def run_order(config: DataSettings, pipe: RealGeneralPipeline, source: Source, batch_size: int, seed: int) -> Order:
@@ -65,7 +65,7 @@ def run_order(config: DataSettings, pipe: RealGeneralPipeline, source: Source, b
     sizes = run_buckets(config, pipe)
     if sizes:
         return Bucketed(read_shapes(source), sizes, source.blocks, batch_size, seed)
-    return OneSize(source.blocks, seed, picture_size(config, pipe))
+    return OneSize(source.blocks, seed, run_size(config, pipe))
 
 
 def training_dataset(config: TrainConfig, pipe: RealGeneralPipeline, tasks: Sequence[str], source: Source) -> PairDataset:
@@ -85,7 +85,7 @@ def training_dataset(config: TrainConfig, pipe: RealGeneralPipeline, tasks: Sequ
         variants = store.settings.variants
     order = run_order(config, pipe, source, config.batch_size, config.seed)
     check = TextCheck(pipe.tokenizer, pipe.transformer.config.max_text_seq_length, config.truncate_prompts)
-    size = picture_size(config, pipe)
+    size = run_size(config, pipe)
     return PairDataset(
         source, tasks, config.task_weights, size, config.seed, config.strict, check, order=order, variants=variants, store=store
     )

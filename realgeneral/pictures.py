@@ -35,12 +35,14 @@ def _opened(source: str | os.PathLike[str] | bytes, name: str | None) -> Iterato
         raise Failure(f"{name} must be a picture file, got no such file") from None
     except IsADirectoryError:
         raise Failure(f"{name} must be a picture file, got a folder") from None
-    except Image.DecompressionBombError:
-        raise Failure(f"{name} must have at most {MAX_PIXELS} pixels, got a larger one") from None
+    except Image.DecompressionBombError as error:
+        raise Failure(f"{name} must have at most {MAX_PIXELS} pixels, got: {error}") from None
     except UnidentifiedImageError:
         raise Failure(f"{name} must be a picture file, got something that is not an image") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise Failure(f"{name} must be a complete picture file, got: {error}") from None
+    except (Failure, MemoryError):
+        raise
+    except Exception as error:  # decoders raise whatever they meet in damaged data
+        raise Failure(f"{name} must be a complete picture file, got: {str(error) or type(error).__name__}") from None
 
 
 def load_picture(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
@@ -91,13 +93,15 @@ def to_pixels(picture: Image.Image) -> Tensor:
 
 
 def save_picture(picture: Image.Image, path: str | os.PathLike[str], **options: object) -> None:
-    """Write a PNG under a temporary name, then rename: a reader never sees half a file."""
+    """Write a PNG under a temporary name, then rename: a reader never sees half a file. OSError names it."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(partial, format="PNG", **options)
         os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from None
     finally:
         partial.unlink(missing_ok=True)
 

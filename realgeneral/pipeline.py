@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,15 @@ from realgeneral.adapter import AdapterInfo, load_adapter
 from realgeneral.arguments import (
     Conditions,
     as_list,
+    check_at_least_one,
     check_choices,
     check_embeds,
-    check_images,
     check_prompts,
     check_steps,
     condition_lists,
 )
 from realgeneral.condition import ConditionCache
-from realgeneral.embedding import pool_subject, subject_span_mask
+from realgeneral.embedding import pool_subject, subject_span_mask, token_count
 from realgeneral.errors import UsageError
 from realgeneral.guidance import Guidance
 from realgeneral.layout import NEWER_SIDES, get_preset
@@ -102,6 +102,13 @@ class RealGeneralPipeline(CogVideoXPipeline):
         self.adapter = load_adapter(self.transformer, resolve_adapter(adapter), preset=preset)
         return self.adapter
 
+    @wraps(CogVideoXPipeline.save_pretrained)
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, but refuses a transformer with a LoRA before anything is written."""
+        if self.transformer is not None:
+            self.transformer.check_no_lora()
+        super().save_pretrained(*args, **kwargs)
+
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
         """Not supported: that offload follows the calls of single layers, and the ops read the norms' weights directly."""
         raise NotImplementedError("sequential CPU offload is not supported, use enable_model_cpu_offload()")
@@ -134,7 +141,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
     ) -> Any:
@@ -161,7 +168,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
             output_type: "pil", "np", "pt" or "latent".
             return_dict: Return `RealGeneralPipelineOutput` instead of a tuple.
             attention_kwargs: {"scale": LoRA scale}.
-            callback_on_step_end: Called as in diffusers after each step.
+            callback_on_step_end: Called as in diffusers after each step; None from it changes nothing.
             callback_on_step_end_tensor_inputs: Tensors handed to the callback: "latents", "prompt_embeds".
             max_sequence_length: Text window in tokens; default: the base's.
 
@@ -178,7 +185,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
         check_embeds(len(prompts), prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
         check_choices(output_type, callback_on_step_end_tensor_inputs)
         check_steps("num_inference_steps", num_inference_steps, self.scheduler)
-        check_images(num_images_per_prompt)
+        check_at_least_one("num_images_per_prompt", num_images_per_prompt)
         self._task_ids(task, 1)
         if condition is not None and condition_cache is not None:
             raise UsageError("condition and condition_cache must not both be given, got both")
@@ -186,7 +193,8 @@ class RealGeneralPipeline(CogVideoXPipeline):
         guidance = Guidance(guidance_scale, image_guidance_scale)
         self._guidance_scale, self._interrupt, self._attention_kwargs = guidance_scale, False, attention_kwargs
         device = self._execution_device
-        window = max_sequence_length or self.transformer.config.max_text_seq_length
+        window = self.transformer.config.max_text_seq_length if max_sequence_length is None else max_sequence_length
+        check_at_least_one("max_sequence_length", window)
         self._check_prompts([*prompts, *(negatives or [])], window)
 
         text, negative = self.encode_prompt(
@@ -275,7 +283,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
         steps: int,
         images: int,
         generator: Any,
-        callback: Callable[..., dict[str, Any]] | None,
+        callback: Callable[..., dict[str, Any] | None] | None,
         callback_inputs: Sequence[str],
     ) -> Tensor:
         self.scheduler.set_timesteps(steps, device=latents.device)
@@ -309,7 +317,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
                 latents = latents.to(text.dtype)
                 if callback is not None:
                     tensors = {"latents": latents, "prompt_embeds": text}
-                    changed = callback(self, i, t, {k: tensors[k] for k in callback_inputs})
+                    changed = callback(self, i, t, {k: tensors[k] for k in callback_inputs}) or {}
                     latents = changed.pop("latents", latents)
                     if changed.get("prompt_embeds", text) is not text:
                         text = changed["prompt_embeds"]
@@ -430,7 +438,5 @@ class RealGeneralPipeline(CogVideoXPipeline):
 
     def _check_prompts(self, prompts: list[str], window: int) -> None:
         for prompt in prompts:
-            length = len(self.tokenizer(prompt).input_ids)
-            if length > window:
-                told = f"prompt must have at most {window} tokens, got {length}: {prompt[:60]!r}"
-                raise UsageError(f"{told}; --truncate-prompts cuts it")
+            if (length := token_count(self.tokenizer, prompt)) > window:
+                raise UsageError(f"prompt must have at most {window} tokens, got {length}: {prompt[:60]!r}")

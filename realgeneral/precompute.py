@@ -22,7 +22,7 @@ from realgeneral.bases import fingerprints, load_encoders, load_for_data
 from realgeneral.config import PrecomputeConfig
 from realgeneral.data import Fitted, PairDataset, Part, TextCheck, variant_seed
 from realgeneral.errors import Failure, UsageError
-from realgeneral.loading import encoder_dtype, picture_size, run_order, run_tasks
+from realgeneral.loading import encoder_dtype, run_order, run_size, run_tasks
 from realgeneral.objective import TextCache
 from realgeneral.pictures import to_pixels
 from realgeneral.sources import open_source
@@ -126,7 +126,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
     window = pipe.transformer.config.max_text_seq_length
     order = run_order(config, pipe, source, batch_size=1, seed=0)
     check = TextCheck(pipe.tokenizer, window, config.truncate_prompts)
-    pairs = PairDataset(source, tasks, [], picture_size(config, pipe), 0, True, check, order=order)
+    pairs = PairDataset(source, tasks, [], run_size(config, pipe), 0, True, check, order=order)
     settings = StoreSettings(*fingerprints(config.base), encoder_dtype(config.mixed_precision), window, config.variants)
     writer = StoreWriter(Path(config.output), settings, f"{part:03d}-of-{count:03d}", config.shard_megabytes * 2**20)
 
@@ -149,6 +149,8 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
                     raise Failure(row.problem)
                 print(f"bad row: {row.problem}", flush=True)
     encoder.finish()
+    if bad and len(bad) == len(source):
+        raise Failure(f"data must hold good rows, got {len(bad)} bad ones; the first: {bad[0]}")
     return {"encoded": writer.written, "kept": len(encoder.used) - writer.written, "rows": len(rows), "bad": bad}
 
 

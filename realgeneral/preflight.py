@@ -11,7 +11,7 @@ from diffusers import CogVideoXDDIMScheduler
 
 from realgeneral.adapter import check_fits, check_targets, read_adapter_info
 from realgeneral.arguments import check_steps
-from realgeneral.bases import base_folder, load_for_data
+from realgeneral.bases import base_folder, load_for_data, reading
 from realgeneral.config import TrainConfig
 from realgeneral.data import check_tasks
 from realgeneral.errors import Failure, UsageError
@@ -31,7 +31,8 @@ def open_base(base: str) -> RealGeneralPipeline:
         if not (folder / part).exists():
             raise Failure(f"base must be a CogVideoX checkpoint, got {folder} without {part}")
     pipe = load_for_data(base)
-    pipe.scheduler = CogVideoXDDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    with reading(base):
+        pipe.scheduler = CogVideoXDDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     return pipe
 
 

@@ -158,6 +158,14 @@ def file_stamp(files: Iterable[Path]) -> str:
     return "\n".join(lines)
 
 
+def check_text(name: str, text: str) -> None:
+    """Failure for half of a character of two, as a cut between them leaves: neither tokenizers nor file systems take it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Failure(f"{name} must be whole characters, got {text[error.start]!a} at {error.start}") from None
+
+
 def make_record(name: str, described: dict[str, Any], picture: Callable[[Any], Picture]) -> Record:
     """Check a record's fields and find its pictures; Failure that names the row."""
     prompt, target = described.get("prompt"), described.get("target")
@@ -168,6 +176,8 @@ def make_record(name: str, described: dict[str, Any], picture: Callable[[Any], P
     for key in ("task", "subject"):
         if not isinstance(described.get(key), str | None):
             raise Failure(f"{name} must have a string as {key}, got {described[key]!r}")
+    for key in ("prompt", "task", "subject"):
+        check_text(f"{name}: {key}", described.get(key) or "")
     condition = described.get("condition")
     listed = condition if isinstance(condition, list) else [] if condition is None else [condition]
 

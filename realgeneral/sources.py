@@ -15,7 +15,7 @@ from typing import Any
 
 from realgeneral.columns import ColumnMap, parse_columns
 from realgeneral.errors import Failure, UsageError
-from realgeneral.records import BaseSource, Block, Picture, Record, Source, file_stamp, make_record
+from realgeneral.records import BaseSource, Block, Picture, Record, Source, check_text, file_stamp, make_record
 from realgeneral.tables import ParquetSource, RowGroups, open_huggingface
 
 BUILT_IN = ("nano", "avatars")
@@ -170,7 +170,7 @@ class FolderSource(BaseSource):
             )
         try:
             described = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise Failure(f"{name} must be JSON, got: {error}") from None
         if not isinstance(described, dict):
             raise Failure(f"{name} must be a JSON object, got {type(described).__name__}")
@@ -182,6 +182,7 @@ class FolderSource(BaseSource):
         return f"{self.columns} {file_stamp(files)}"
 
     def _picture(self, value: Any) -> Picture:
+        check_text("path", str(value))
         return Picture(self.folder / str(value))
 
 
@@ -230,7 +231,7 @@ class TarSource(BaseSource):
                     raise ValueError(f"{type(described).__name__} instead of a JSON object")
             if "txt" in members:
                 described["prompt"] = described["txt"] = self._bytes(members["txt"]).decode().strip()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Failure(f"{self.row_name(index)} must have a readable json or txt member, got: {error}") from None
         # pictures come from members, never by name
         described = {k: v for k, v in described.items() if k not in ("target", "condition")}

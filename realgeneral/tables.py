@@ -50,6 +50,14 @@ def _nbytes(table: pa.Table | str) -> int:
     return 0 if isinstance(table, str) else int(table.nbytes)
 
 
+def _to_dict(row: pa.Table, name: str) -> dict[str, Any]:
+    """The one row of a table; Failure if a string of it is none."""
+    try:
+        return row.to_pylist()[0]  # type: ignore[no-any-return]
+    except UnicodeDecodeError as error:
+        raise Failure(f"{name} must hold UTF-8 strings, got: {error}") from None
+
+
 class ParquetSource(BaseSource):
     """A parquet file with columns target, prompt, and optionally condition, task, subject, or mapped ones.
 
@@ -93,7 +101,7 @@ class ParquetSource(BaseSource):
             table = self.groups.read(self, group)
         except Failure as error:
             raise Failure(f"{self.row_name(index)}: {error}") from None
-        described = table.slice(index - self.starts[group], 1).to_pylist()[0]
+        described = _to_dict(table.slice(index - self.starts[group], 1), self.row_name(index))
         return make_record(self.row_name(index), self.columns(described), self._picture)
 
     @property
@@ -134,7 +142,7 @@ class HuggingFaceSource(BaseSource):
 
     def record(self, index: int, seed: int) -> Record:
         """Read a row."""
-        described = self.dataset[index : index + 1].to_pylist()[0]
+        described = _to_dict(self.dataset[index : index + 1], self.row_name(index))
         return make_record(self.row_name(index), self.columns(described), self._picture)
 
     def _picture(self, value: Any) -> Picture:

@@ -212,6 +212,8 @@ class Deblurring(Task):
     def __post_init__(self) -> None:
         if not 0 <= self.radius < math.inf:
             raise ValueError(f"radius of task 'deblurring' must be a number of pixels from 0, got {self.radius}")
+        if self.radius > 512:  # Pillow crashes far beyond it
+            raise ValueError(f"radius of task 'deblurring' must be at most the short side's 512 pixels, got {self.radius}")
 
     def condition(self, picture: Image.Image, seed: int) -> Image.Image:
         """Gaussian blur."""
@@ -263,9 +265,16 @@ def depth_revision(model: str) -> str | None:
     """The commit of a depth model on the hub, as cached here or, with a network, as the newest; None for a folder.
 
     Raises:
-        UsageError: It can be neither reached nor found in the cache.
+        UsageError: It can be neither reached nor found in the cache, or the folder is not one of a model.
     """
     if Path(model).is_dir():
+        from transformers import AutoConfig
+
+        try:
+            AutoConfig.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            told = " ".join(str(error).split())
+            raise UsageError(f"depth model must be the folder of a model, got {model}: {told}") from None
         return None
     from huggingface_hub import hf_hub_download
 

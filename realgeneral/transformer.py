@@ -121,11 +121,16 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
     @wraps(CogVideoXTransformer3DModel.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers, but refuses a model with a LoRA, whose weights would be written under names that nothing loads."""
+        self.check_no_lora()
+        super().save_pretrained(*args, **kwargs)
+
+    def check_no_lora(self) -> None:
+        """ValueError if there is a LoRA, which `save_pretrained` cannot write."""
         if getattr(self, "peft_config", None):
             raise ValueError(
-                "transformer must have no LoRA to be saved, got one: fuse_lora() and unload_lora() first, or save_adapter()"
+                "transformer must have no LoRA to be saved, got one: fuse_lora() and unload_lora() first, "
+                "or realgeneral.adapter.save_adapter() for the adapter alone"
             )
-        super().save_pretrained(*args, **kwargs)
 
     def reset_condition_branch(self) -> None:
         """Zero the condition embedding and copy the video modulation into the condition branch."""

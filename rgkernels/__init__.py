@@ -29,14 +29,40 @@ __all__ = [
 
 
 def patch(model_or_pipeline: Any, *, impl: str = "auto") -> Any:
-    """Run a stock diffusers CogVideoX (model or pipeline) on these ops; see `rgkernels._patch.patch`."""
+    """Run a stock diffusers CogVideoX on these ops: outputs agree with the stock model within rounding.
+
+    Args:
+        model_or_pipeline: A `CogVideoXTransformer3DModel`, or a pipeline whose transformer is one (2B, 5B, I2V, 1.5; with LoRA,
+            fused QKV projections, gradient checkpointing). Changed in place; parameters keep their names and identity.
+        impl: Of the ops: "auto" (Triton on CUDA, else the PyTorch reference), "triton" or "reference".
+
+    Returns:
+        `model_or_pipeline`. Patching again only sets `impl`.
+
+    Raises:
+        TypeError: Not a CogVideoX transformer, or no pipeline with one.
+        ValueError: Unknown `impl`, or a block with a custom attention processor or a forward replaced by a hook.
+
+    Source:
+        diffusers `CogVideoXBlock`; needs diffusers, which importing `rgkernels` does not.
+    """
     from rgkernels import _patch
 
     return _patch.patch(model_or_pipeline, impl=impl)
 
 
 def unpatch(model_or_pipeline: Any) -> Any:
-    """Undo `patch`, bit for bit."""
+    """Undo `patch`: the model computes bit for bit what it did before, and one that was not patched stays as it is.
+
+    Args:
+        model_or_pipeline: As for `patch`.
+
+    Returns:
+        `model_or_pipeline`.
+
+    Raises:
+        TypeError: Not a CogVideoX transformer, or no pipeline with one.
+    """
     from rgkernels import _patch
 
     return _patch.unpatch(model_or_pipeline)

@@ -68,7 +68,6 @@ class CaseGenerator:
         generated as a whole, so that a continued run gives the very pictures of an uninterrupted one.
         """
         weights, made = weights_fingerprint(self.pipe), 0
-        self.pipe._check_prompts([case.prompt for case in cases], self.pipe.transformer.config.max_text_seq_length)
         for start in tqdm(range(0, len(cases), self.config.batch_size), desc="generating", unit="batch"):
             part = list(cases[start : start + self.config.batch_size])
             pictures = [self.picture(case) for case in part]
@@ -157,6 +156,4 @@ def _save(picture: Image.Image, path: Path, info: PngInfo) -> None:
     try:
         save_picture(picture, path, pnginfo=info)
     except OSError as error:
-        raise Failure(
-            f"{path} could not be written: {error.strerror or error}; the same command continues after the last picture"
-        ) from None
+        raise Failure(f"{error}; the same command continues after the last picture") from None

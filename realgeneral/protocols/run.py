@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from realgeneral.adapter import library_versions, read_adapter_info
+from realgeneral.bases import load_pipeline
 from realgeneral.config import EvaluateConfig, guidance
 from realgeneral.embedding import cut_prompt
 from realgeneral.encoders import loading
@@ -23,7 +24,6 @@ from realgeneral.protocols.generation import CaseGenerator, weights_fingerprint
 from realgeneral.protocols.report import grid, markdown, paper_record, write_json, write_text
 from realgeneral.protocols.scores import Scorer, SpatialScorer, SubjectEncoders, SubjectScorer, summary
 from realgeneral.tasks import Depth, Task, get_task
-from realgeneral.vae import fold_single_frame
 
 GRID_ROWS = 12
 
@@ -99,6 +99,11 @@ def prepared(
     if config.truncate_prompts:
         window = pipe.transformer.config.max_text_seq_length
         cases = [replace(case, prompt=cut_prompt(pipe.tokenizer, case.prompt, window)) for case in cases]
+    for case in cases:
+        try:
+            pipe._check_prompts([case.prompt], pipe.transformer.config.max_text_seq_length)
+        except UsageError as error:
+            raise UsageError(f"{case.name}: {error}; --truncate-prompts cuts it") from None
     if config.protocol != "customization":  # DreamBench's pictures are the benchmark: none may be missing
         cases, unreadable = readable(cases)
         bad = [*bad, *unreadable]
@@ -127,10 +132,8 @@ def open_pipeline(config: EvaluateConfig, device: torch.device) -> RealGeneralPi
     """Base and adapter, quiet, on the device or offloaded."""
     if config.offload and device.type == "cpu":
         raise UsageError("--offload needs a GPU, found none")
-    dtype = getattr(torch, config.dtype)
-    pipe = RealGeneralPipeline.from_pretrained(config.base, adapter=config.adapter, dtype=dtype)
+    pipe = load_pipeline(config.base, getattr(torch, config.dtype), adapter=config.adapter)
     pipe.set_progress_bar_config(disable=True)
-    fold_single_frame(pipe.vae)
     if config.offload:
         pipe.enable_model_cpu_offload()
         return pipe

@@ -34,6 +34,23 @@ def test_a_base_that_is_not_there(name: str) -> None:
         load_for_data(name)
 
 
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        ("tokenizer/tokenizer.json", "{"),
+        ("transformer/config.json", '{"num_layers": "six"}'),
+        ("transformer/config.json", '{"in_channels": 32}'),
+        ("text_encoder/model.safetensors", "cut"),
+    ],
+)
+def test_damaged_parts_name_the_base(base: Path, tmp_path: Path, part: str, text: str) -> None:
+    """Whatever the libraries raise, and say, for a damaged file."""
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / part).write_text(text)
+    with pytest.raises(Failure, match=r"base must be a CogVideoX checkpoint that can be read, got .*/base: \S"):
+        load_pipeline(str(tmp_path / "base"), torch.float32)
+
+
 def test_nano_sizes_without_its_vae() -> None:
     """Its VAE has factor 4 where diffusers would take 8."""
     pipe = load_for_data("nano")

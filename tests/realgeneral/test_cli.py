@@ -231,6 +231,7 @@ def test_both_spellings_of_options(work: dict[str, str]) -> None:
         ({"steps": "0"}, 2, "steps must be at least 1, got 0"),
         ({"steps": "2000"}, 2, "steps must be between 1 and 1000, got 2000"),
         ({"num-images": "0"}, 2, "num_images must be at least 1, got 0"),
+        ({"task": "customization"}, 2, "--condition must be given for task 'customization', which makes none of a picture"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
@@ -336,9 +337,10 @@ def test_bad_input_of_train(
     assert not Path(work["run"]).exists()
 
 
-def test_debug_shows_the_traceback(work: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("debug", ["--debug", "--debug=true"])
+def test_debug_shows_the_traceback(work: dict[str, str], capsys: pytest.CaptureFixture[str], debug: str) -> None:
     """--debug prints the traceback before the same last line and keeps the status."""
-    arguments = [*generate_args(work, picture=f"{work['root']}/nothing.png"), "--debug"]
+    arguments = [*generate_args(work, picture=f"{work['root']}/nothing.png"), debug]
     assert main(arguments) == 1
     err = capsys.readouterr().err
     assert "Traceback (most recent call last)" in err

@@ -366,6 +366,10 @@ def test_bad_rows_are_named_and_skipped(write: Writer, tmp_path: Path, defect: s
         ('{"target": "t.png", "prompt": "a", "condition": 3, "task": "canny"}', "must be a picture file"),
         ('{"target": "t.png", "prompt": "a", "condition": {"x": 1}, "task": "canny"}', "must be a picture file"),
         ('{"target": "t\\u0000.png", "prompt": "a"}', "must be a"),
+        ("[" * 200_000, "line 2 must be JSON"),
+        ('{"n": ' + "1" * 5000 + "}", "line 2 must be JSON"),
+        ('{"target": "t.png", "prompt": "fox \\ud83e"}', r"line 2: prompt must be whole characters, got '.ud83e' at 4"),
+        ('{"target": "t\\ud83e.png", "prompt": "a"}', r"line 2: path must be whole characters, got '.ud83e' at 1"),
     ],
 )
 def test_bad_lines_of_metadata(tmp_path: Path, line: str, message: str) -> None:
@@ -600,5 +604,8 @@ def test_a_depth_model_of_the_hub_is_known_by_its_commit(tmp_path: Path, monkeyp
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     depth_revision.cache_clear()
     path = write_folder(tmp_path / "d", good_rows(1))
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="depth model must be a folder or a hub id that can be had, got owner/depth: "):
         dataset(path, ("depth:model=owner/depth",))
+    with pytest.raises(UsageError, match=r"depth model must be the folder of a model, got .*empty: "):
+        dataset(path, (f"depth:model={tmp_path / 'empty'}",))

@@ -176,6 +176,21 @@ def test_damaged_bytes_give_a_picture_or_a_failure(photo: Image.Image, kind: str
     assert not any("\n" in message for message in messages)
 
 
+@pytest.mark.parametrize("error", [IndexError("out of range"), RuntimeError("Not implemented"), KeyError("x"), EOFError()])
+def test_whatever_a_decoder_raises_names_the_picture(
+    photo: Image.Image, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Decoders raise more than Pillow documents: QOI an IndexError, AVIF a RuntimeError."""
+
+    def fail(self: Image.Image, mode: str) -> None:
+        raise error
+
+    data = encoded(photo, "PNG")
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(Failure, match=r"^x.png must be a complete picture file, got: \S"):
+        load_picture(data, "x.png")
+
+
 def test_fit_covers_and_keeps_the_aspect() -> None:
     """A wide picture is scaled to the height and cropped at both sides, not squeezed."""
     picture = Image.new("RGB", (300, 100), "red")
@@ -215,7 +230,7 @@ def test_save_is_atomic(tmp_path: Path, photo: Image.Image, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"out.png could not be written: No space left"):
         save_picture(photo.rotate(90), path)
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == ["out.png"]

@@ -260,10 +260,10 @@ def test_callback_sees_and_changes_latents(pipe: RealGeneralPipeline, photo: Ima
     seen: list[tuple[int, int, set[str]]] = []
     replaced = torch.zeros(1, 1, 4, 8, 12)
 
-    def callback(p: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def callback(p: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any] | None:
         assert p is pipe
         seen.append((step, int(t), set(tensors)))
-        return {"latents": replaced} if step == 1 else tensors
+        return {"latents": replaced} if step == 1 else None
 
     names = ["latents", "prompt_embeds"]
     latents = call(
@@ -477,6 +477,9 @@ def test_layer_wise_offload_is_refused(pipe: RealGeneralPipeline) -> None:
         ({"latents": torch.zeros(1, 2, 4, 8, 12)}, r"latents must have shape \[1, 1, 4, 8, 12\], got \[1, 2, 4, 8, 12\]"),
         ({"output_type": "jpeg"}, "output_type must be one of .*got 'jpeg'"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
+        ({"max_sequence_length": -1}, "max_sequence_length must be at least 1, got -1"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be finite, got nan"),
+        ({"image_guidance_scale": float("inf")}, "image_guidance_scale must be finite, got inf"),
         ({"num_inference_steps": 0}, "num_inference_steps must be .* got 0"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback_on_step_end_tensor_inputs must be .* got .*noise"),
         ({"max_sequence_length": 2}, "prompt must have at most 2 tokens, got 4"),

@@ -298,6 +298,14 @@ def test_strict(settings: Callable[..., PrecomputeConfig]) -> None:
     assert len(Store(settings().output).places) > 5
 
 
+def test_nothing_but_bad_rows(settings: Callable[..., PrecomputeConfig], tmp_path: Path) -> None:
+    """A script must not go on to train with a store of nothing."""
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "metadata.jsonl").write_text('{"target": "nothing.png", "prompt": "a"}\n' * 3)
+    with pytest.raises(Failure, match=r"data must hold good rows, got 3 bad ones; the first: .* line 1: .*no such file"):
+        precompute(settings(data=str(tmp_path / "bad"), buckets=[]))
+
+
 def test_a_run_that_dies_goes_on(settings: Callable[..., PrecomputeConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     """Dead after three pictures: the next run keeps them and encodes the rest only."""
     total = precompute(settings(output=settings().output + "-whole"))["encoded"]

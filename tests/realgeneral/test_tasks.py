@@ -184,6 +184,7 @@ def test_specs_round_trip(spec: str, normal: str) -> None:
         ("canny:lo=3", r"option of task 'canny' must be one of \['high', 'low'\], got 'lo'"),
         ("canny:low=abc", "option low of task 'canny' must be of type int, got 'abc'"),
         ("deblurring:radius=nan", "radius of task 'deblurring' must be a number of pixels from 0, got nan"),
+        ("deblurring:radius=1e30", "radius of task 'deblurring' must be at most the short side's 512 pixels, got 1e"),
         ("deblurring:radius=-1", "radius of task 'deblurring' must be a number of pixels from 0, got -1.0"),
         ("canny:low", "option low of task 'canny' must be of type int, got ''"),
         ("colouring:x=1", "option of task 'colouring' must be one of"),
