@@ -47,7 +47,7 @@ setup(
         "demo": DEMO,
         "eval": EVAL,
         "flash": ["flash-attn>=2.7"],
-        "nano": ["resvg_py", "dicebear-core==10.7.0", "dicebear-styles==10.6.0"],
+        "nano": [*EVAL, "resvg_py", "dicebear-core==10.7.0", "dicebear-styles==10.6.0"],
         "datasets": ["datasets>=3"],
         "dev": DEV,
         "8bit": ["bitsandbytes>=0.45"],
