@@ -101,7 +101,8 @@ def save_picture(picture: Image.Image, path: str | os.PathLike[str], **options: 
         picture.save(partial, format="PNG", **options)
         os.replace(partial, path)
     except OSError as error:
-        raise OSError(f"{path} could not be written: {error.strerror or error}") from None
+        error.filename = str(path)  # a full disk names none, other errors the temporary one
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -201,7 +201,7 @@ def check_finite(run: Run, step: int, parts: list[MicroBatch], norm: Tensor) -> 
     """Failure in every process, before anything reaches a weight, if a loss or the gradient is NaN or infinite."""
     folder = run.output / f"bad_batch-{step:06d}"
     kept = (
-        f"the batch is in {folder}, checkpoints before it are intact; --resume meets it again, and may have another "
+        f"the batch is in {folder}, earlier checkpoints are intact; --resume meets it again, and may have another "
         "--learning-rate or --max-grad-norm"
     )
     with run.engine.together():

@@ -156,4 +156,6 @@ def _save(picture: Image.Image, path: Path, info: PngInfo) -> None:
     try:
         save_picture(picture, path, pnginfo=info)
     except OSError as error:
-        raise Failure(f"{error}; the same command continues after the last picture") from None
+        raise Failure(
+            f"{path} could not be written: {error.strerror or error}; the same command continues after the last picture"
+        ) from None
