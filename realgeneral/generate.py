@@ -81,10 +81,7 @@ def prepare(config: GenerateConfig, device: torch.device) -> tuple[list[str], li
     texts = [config.prompt, config.negative_prompt]
     if config.truncate_prompts:
         texts = [cut_prompt(base.tokenizer, text, window) for text in texts]
-    try:
-        base._check_prompts(texts, window)
-    except UsageError as error:
-        raise UsageError(f"{error}; --truncate-prompts cuts it") from None
+    base._check_prompts(texts, window, "; --truncate-prompts cuts it")
     base._subject_mask(texts[:1], config.subject or None, window)
     return texts, pictures or [derive_condition(config, base, width, height)], (height, width)
 

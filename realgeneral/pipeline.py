@@ -436,7 +436,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
             raise UsageError(str(error)) from None
         return ids.to(self._execution_device)
 
-    def _check_prompts(self, prompts: list[str], window: int) -> None:
+    def _check_prompts(self, prompts: list[str], window: int, hint: str = "") -> None:
         for prompt in prompts:
             if (length := token_count(self.tokenizer, prompt)) > window:
-                raise UsageError(f"prompt must have at most {window} tokens, got {length}: {prompt[:60]!r}")
+                raise UsageError(f"prompt must have at most {window} tokens, got {length}: {prompt[:60]!r}{hint}")

@@ -96,14 +96,11 @@ def prepared(
     config: EvaluateConfig, pipe: RealGeneralPipeline, cases: list[Case], bad: list[str]
 ) -> tuple[list[Case], list[str]]:
     """Cut prompts if asked to, name the bad rows, those whose picture cannot be read too; Failure if no other is left."""
+    window = pipe.transformer.config.max_text_seq_length
     if config.truncate_prompts:
-        window = pipe.transformer.config.max_text_seq_length
         cases = [replace(case, prompt=cut_prompt(pipe.tokenizer, case.prompt, window)) for case in cases]
     for case in cases:
-        try:
-            pipe._check_prompts([case.prompt], pipe.transformer.config.max_text_seq_length)
-        except UsageError as error:
-            raise UsageError(f"{case.name}: {error}; --truncate-prompts cuts it") from None
+        pipe._check_prompts([case.prompt], window, f" of {case.name}; --truncate-prompts cuts it")
     if config.protocol != "customization":  # DreamBench's pictures are the benchmark: none may be missing
         cases, unreadable = readable(cases)
         bad = [*bad, *unreadable]
