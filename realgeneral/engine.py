@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from realgeneral.config import TrainConfig
 from realgeneral.errors import Failure, UsageError
@@ -73,6 +74,7 @@ class Engine:
             )
         self.zero_settings = zero_settings(config) if self.deepspeed else {}
         self.zero: ZeroOptimizer | None = None
+        self.replica: DistributedDataParallel | None = None
 
     def prepare(self, transformer: RealGeneralTransformer3DModel) -> nn.Module:
         """The module to call in training; with fsdp2 the parameters of `transformer` become shards, in place."""
@@ -80,6 +82,7 @@ class Engine:
             return shard(transformer, self.device)
         # DeepSpeed wraps it itself, with the optimizer
         model: nn.Module = self.accelerator.prepare_model(transformer, evaluation_mode=self.deepspeed)
+        self.replica = model if isinstance(model, DistributedDataParallel) else None
         return model
 
     def prepare_optimizer(
@@ -153,8 +156,12 @@ class Engine:
         raise Failure(f"{text} (in process {rank})")
 
     def close(self) -> None:
-        """Wait for the others and end the process group."""
+        """Wait for the others and end the process group; the prepared module cannot be called any more."""
         self.accelerator.wait_for_everyone()
+        if self.replica is not None:
+            # who lets go of the group last waits for its threads, and those may need the GIL to free a tensor: the reducer
+            # would hold it meanwhile (a deadlock in one of some forty runs with gloo), the group's own destructor does not
+            del self.replica.reducer, self.replica.logger
         self.accelerator.end_training()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -50,7 +52,9 @@ def run_processes(function: Callable[..., Any], *args: Any, world: int = 2, seco
     end, outcomes = time.monotonic() + seconds, []
     try:
         for _, receiver in started:
-            assert receiver.poll(max(0.0, end - time.monotonic())), f"hangs; ended: {outcomes}"
+            if not receiver.poll(max(0.0, end - time.monotonic())):
+                stacks = "\n".join(stack(*waiting) for waiting in started[len(outcomes) :])
+                raise AssertionError(f"hangs; ended: {outcomes}; at:\n{stacks}")
             outcomes.append(receiver.recv())
         for process, _ in started:
             process.join(max(0.1, end - time.monotonic()))
@@ -63,12 +67,22 @@ def run_processes(function: Callable[..., Any], *args: Any, world: int = 2, seco
     return outcomes
 
 
+def stack(process: Any, receiver: Any) -> str:
+    """Where the threads of a process without an outcome are."""
+    if not process.is_alive():
+        return "dead"
+    os.kill(process.pid, signal.SIGUSR1)
+    return os.read(receiver.fileno(), 2**16).decode(errors="replace") if receiver.poll(5) else "no answer"
+
+
 def _child(sender: Any, rank: int, world: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     import warnings
 
     import torch
 
     torch.set_num_threads(1)
+    # answers even if a thread waits for ever with the GIL
+    faulthandler.register(signal.SIGUSR1, sender.fileno())
     # as in pytest, but for what libraries say when a group of processes ends
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +32,7 @@ from realgeneral import checkpoint, tracking
 from realgeneral import train as train_module
 from realgeneral.bad_batch import load_bad_batch
 from realgeneral.config import TrainConfig
+from realgeneral.engine import Engine
 from realgeneral.train import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -140,6 +142,25 @@ def counting_zero2(rank: int, made: TrainConfig) -> tuple[int, int, int]:
     train_module.finish = finish
     train(made)
     return tuple(counts)  # type: ignore[return-value]
+
+
+def closing(rank: int, made: TrainConfig) -> bool:
+    """Whether the reducer of gradients is gone when the group of processes ends."""
+    prepare, destroy = Engine.prepare, torch.distributed.destroy_process_group
+    reducers, gone = [], []
+
+    def remember(self: Engine, transformer: Any) -> Any:
+        model = prepare(self, transformer)
+        reducers.append(weakref.ref(model.reducer))
+        return model
+
+    def spy(group: Any = None) -> None:
+        gone.append(reducers[0]() is None)
+        destroy(group)
+
+    Engine.prepare, torch.distributed.destroy_process_group = remember, spy  # type: ignore[method-assign]
+    train(made)
+    return gone[0]
 
 
 def poisoned(rank: int, made: TrainConfig, step: int, where: str) -> None:
@@ -276,6 +297,11 @@ def test_zero2_shares_gradients_and_states(config: Callable[..., TrainConfig]) -
     trained = held[0][2]
     for gradients, states, _ in held:
         assert trained / 2 <= gradients == states <= trained / 2 + 2
+
+
+def test_reducer_goes_before_the_group(config: Callable[..., TrainConfig]) -> None:
+    """Were it the group's last owner, it would wait with the GIL for threads that need the GIL: a rare hang at the very end."""
+    assert assert_done(in_two(config(steps=1), closing)) == [True, True]
 
 
 # --- leaving together ----------------------------------------------------------------------------------------------------
