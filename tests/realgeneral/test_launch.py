@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import rows
 from safetensors.torch import load_file
-from test_train import data as data
-from test_train import rows
 from test_train_distributed import NEEDS_DEEPSPEED, ZERO2, compile_for_deepspeed
 from test_train_distributed import config as config
 

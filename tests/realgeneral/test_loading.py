@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from conftest import make_photo
+from runs import assert_same_weights, losses, rows, train_until
 from test_data import picture, write_folder
 from test_pictures import encoded
-from test_train import assert_same_weights, losses, rows, train_until
 
 from realgeneral import train as train_module
 from realgeneral.bases import load_for_data

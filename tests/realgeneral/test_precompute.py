@@ -17,9 +17,9 @@ import pytest
 import torch
 from checkpoints import tiny_vae
 from conftest import make_photo
+from runs import losses, weights
 from test_data import picture, write_folder
 from test_pictures import encoded
-from test_train import losses, weights
 from transformers import T5EncoderModel
 
 from realgeneral import precompute as precompute_module

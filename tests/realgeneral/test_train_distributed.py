@@ -25,8 +25,7 @@ import pytest
 import torch
 from conftest import make_photo
 from processes import Outcome, run_processes
-from test_train import assert_same_weights, losses, rows, weights
-from test_train import data as data
+from runs import assert_same_weights, losses, rows, weights
 
 from realgeneral import checkpoint, tracking
 from realgeneral import train as train_module
