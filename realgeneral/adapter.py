@@ -17,23 +17,21 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import nn
 
 import rgkernels
+from realgeneral.adapter_files import CONDITION_FILE, LORA_FILE, check_pair, existing, read_metadata, read_tensors, write_files
 from realgeneral.errors import Failure, UsageError
 from realgeneral.layout import PRESETS
 from realgeneral.shards import whole
 from realgeneral.tasks import get_task
 from realgeneral.transformer import RealGeneralTransformer3DModel
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-CONDITION_FILE = "realgeneral.safetensors"
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 # rounding to bfloat16 moves a mean magnitude by 1e-5, fine-tuning by less than this; another training by percents
 SIGNATURE_TOLERANCE = 5e-3
@@ -170,11 +168,16 @@ def add_lora(
     mark_trainable(transformer)
 
 
+def target_layers(transformer: nn.Module, target: str) -> list[str]:
+    """The linear layers that a LoRA target names, as PEFT matches it."""
+    linears = (name for name, module in transformer.named_modules() if isinstance(module, nn.Linear))
+    return [name for name in linears if name == target or name.endswith(f".{target}")]
+
+
 def check_targets(transformer: nn.Module, targets: Sequence[str]) -> None:
     """UsageError unless each LoRA target names a linear layer; no weights are read."""
-    linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linears):
+        if not target_layers(transformer, target):
             raise UsageError(f"LoRA target must name linear layers of the base such as {list(LORA_TARGETS)}, got {target!r}")
 
 
@@ -251,13 +254,7 @@ def write_adapter(tensors: AdapterTensors, folder: str | os.PathLike[str], info:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        CogVideoXPipeline.save_lora_weights(
-            str(partial),
-            transformer_lora_layers=tensors.lora,
-            transformer_lora_adapter_metadata=tensors.lora_config,
-            weight_name=LORA_FILE,
-        )
-        save_file(tensors.branch, partial / CONDITION_FILE, info.to_metadata())
+        write_files(partial, tensors.lora, tensors.lora_config, tensors.branch, info.to_metadata())
         folder.mkdir(parents=True, exist_ok=True)
         for name in (LORA_FILE, CONDITION_FILE):
             os.replace(partial / name, folder / name)
@@ -269,12 +266,8 @@ def write_adapter(tensors: AdapterTensors, folder: str | os.PathLike[str], info:
 
 def read_adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
     """Read an adapter's metadata without its weights; Failure if a file is missing or unreadable."""
-    path = _existing(folder, CONDITION_FILE)
-    try:
-        with safe_open(path, "pt") as file:
-            return AdapterInfo.from_metadata(file.metadata() or {}, path)
-    except SafetensorError as error:
-        raise Failure(f"{path} must be a complete safetensors file, got: {error}") from None
+    path = existing(folder, CONDITION_FILE)
+    return AdapterInfo.from_metadata(read_metadata(path), path)
 
 
 def load_adapter(
@@ -300,15 +293,16 @@ def load_adapter(
         Failure: A file is missing, truncated, or the two do not belong together.
     """
     info = read_adapter_info(folder)
-    lora_path, branch_path = _existing(folder, LORA_FILE), _existing(folder, CONDITION_FILE)
+    lora_path, branch_path = existing(folder, LORA_FILE), existing(folder, CONDITION_FILE)
     lora, branch = read_tensors(lora_path), read_tensors(branch_path)
     # everything is checked before the model is touched
     check_fits(transformer, info, preset)
     if not other_weights and not trained_on(transformer, info):
         raise UsageError(f"adapter must be for this base, got one trained on {info.base!r}, whose weights are others")
-    if getattr(transformer, "peft_config", None):
+    if _lora_layers(transformer):
         raise UsageError("transformer must have no LoRA before an adapter is loaded, got one: call unload_lora_weights() first")
     _check_lora(transformer, lora, info, lora_path)
+    check_pair(lora_path, branch_path)
     shapes = {name: p.shape for name, p in transformer.condition_parameters().items()}
     shapes["condition_embedding.task.weight"] = torch.Size((len(info.tasks), transformer.geometry.dim))
     check_branch(shapes, branch, branch_path)
@@ -363,19 +357,16 @@ def _check_lora(
         wanted = [rank, linear.in_features] if part == "A.weight" else [linear.out_features, rank]
         if list(tensor.shape) != wanted:
             raise Failure(f"{name} in {path} must have shape {wanted}, got {list(tensor.shape)}")
-    with safe_open(path, "pt") as file:
-        stored = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    stored = json.loads(read_metadata(path).get(LORA_ADAPTER_METADATA_KEY, "{}"))
     alpha = stored.get("transformer.lora_alpha")
     if alpha != info.alpha:
         raise Failure(f"{path} must have alpha {info.alpha} like {CONDITION_FILE}, got {alpha}")
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file; Failure if it is damaged."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise Failure(f"{path} must be a complete safetensors file, got: {error}") from None
+    layers = {name for target in stored.get("transformer.target_modules", ()) for name in target_layers(transformer, target)}
+    wanted_names = {f"transformer.{layer}.lora_{part}.weight" for layer in layers for part in "AB"}
+    if odd := sorted(wanted_names ^ lora.keys()):
+        raise Failure(
+            f"{path} must hold the {len(wanted_names)} tensors of {len(layers)} layers, got {len(lora)}; first odd: {odd[0]}"
+        )
 
 
 @torch.no_grad()
@@ -420,10 +411,3 @@ def copy_branch(transformer: RealGeneralTransformer3DModel, branch: dict[str, to
     check_branch({name: parameter.shape for name, parameter in own.items()}, branch, path)
     for name, parameter in own.items():
         parameter.copy_(branch[name])
-
-
-def _existing(folder: str | os.PathLike[str], name: str) -> Path:
-    path = Path(folder) / name
-    if not path.is_file():
-        raise Failure(f"adapter folder {folder} must hold {name}, found none")
-    return path

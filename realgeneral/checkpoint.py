@@ -19,15 +19,16 @@ import torch
 from peft.utils import set_peft_model_state_dict
 
 from realgeneral.adapter import (
-    CONDITION_FILE,
-    LORA_FILE,
     AdapterInfo,
     AdapterTensors,
     adapter_tensors,
+    check_fits,
     copy_branch,
-    read_tensors,
+    read_adapter_info,
+    trained_on,
     write_adapter,
 )
+from realgeneral.adapter_files import CONDITION_FILE, LORA_FILE, read_tensors
 from realgeneral.config import TrainConfig, adjusted, check_resumable
 from realgeneral.data import PairDataset
 from realgeneral.errors import Failure, UsageError
@@ -66,6 +67,8 @@ def start_or_resume(config: TrainConfig, output: Path, processes: int = 1, tell:
         raise UsageError(f"output must be a new folder, got {output} which holds {found[-1].name}; add --resume to continue it")
     state = _read_state(found[-1])
     check_resumable(state["config"], config)
+    if config.steps < state["step"]:
+        raise UsageError(f"steps must be at least the {state['step']} of the run to resume, got {config.steps}")
     if "samples_per_step" not in state:
         raise UsageError(
             f"output must hold a run of this version, got {found[-1].name} of an earlier one, which drew other noise"
@@ -98,6 +101,14 @@ def check_data(folder: Path, dataset: PairDataset) -> None:
             raise UsageError(f"data must have {old} {name} as in the run to resume, got {new}")
 
 
+def check_base(folder: Path, transformer: Any, base: str) -> None:
+    """UsageError unless a transformer has the geometry and the weights of the base of the run to resume."""
+    info = read_adapter_info(folder)
+    check_fits(transformer, info)
+    if not trained_on(transformer, info):
+        raise UsageError(f"base must have the weights of the run to resume, got {base} with others")
+
+
 def samples_per_step(config: TrainConfig, processes: int) -> int:
     """Samples of one optimizer step, over all processes and micro-steps."""
     return config.batch_size * config.gradient_accumulation_steps * processes
@@ -111,6 +122,7 @@ def snapshot(
     transformer: Any,
     optimizer: Any,
     ema: Any,
+    skipped: list[str],
     keep: bool = True,
 ) -> tuple[AdapterTensors, dict[str, Any]]:
     """Adapter and training state as they go to disk; where parameters are shards, all processes must call it.
@@ -123,6 +135,7 @@ def snapshot(
         transformer: The model.
         optimizer: Its optimizer.
         ema: Its average, or None.
+        skipped: Rows that were.
         keep: False only takes part in the gathering (see `realgeneral.shards.whole`).
     """
     state = {
@@ -132,6 +145,7 @@ def snapshot(
         "data": data_facts(dataset),
         "optimizer": whole(optimizer.state_dict(), keep),
         "ema": whole(ema.state_dict(), keep) if ema is not None else None,
+        "skipped": skipped,
     }
     return adapter_tensors(transformer, keep), state
 
@@ -171,8 +185,8 @@ def load_weights(folder: Path, transformer: Any) -> None:
     set_peft_model_state_dict(transformer, lora)
 
 
-def load_state(folder: Path, parameters: Sequence[Any], optimizer: Any, ema: Any) -> int:
-    """Restore optimizer and average over `parameters`, whole or sharded; returns the number of steps done."""
+def load_state(folder: Path, parameters: Sequence[Any], optimizer: Any, ema: Any) -> list[str]:
+    """Restore optimizer and average over `parameters`, whole or sharded; returns the rows skipped so far."""
     state = _read_state(folder)
     for index, entry in state["optimizer"]["state"].items():
         state["optimizer"]["state"][index] = {name: shard_like(x, parameters[index]) for name, x in entry.items()}
@@ -180,7 +194,7 @@ def load_state(folder: Path, parameters: Sequence[Any], optimizer: Any, ema: Any
     if ema is not None:
         shadows = zip(state["ema"]["shadow_params"], parameters, strict=True)
         ema.load_state_dict({**state["ema"], "shadow_params": [shard_like(x, p).to(p.device) for x, p in shadows]})
-    return int(state["step"])
+    return list(state.get("skipped", []))  # nothing is known of those of earlier versions
 
 
 def _flush(path: Path) -> None:

@@ -91,10 +91,8 @@ def _train(arguments: list[str]) -> None:
     from realgeneral.train import train
 
     result = train(_parse("train", TrainConfig, arguments))
-    print(
-        f"loss {result['loss']:.4f} after {result['steps']} steps, {result['skipped']} rows skipped; "
-        f"adapter in {result['adapter']}"
-    )
+    skipped = "1 row" if result["skipped"] == 1 else f"{result['skipped']} rows"
+    print(f"loss {result['loss']:.4f} after {result['steps']} steps, {skipped} skipped; adapter in {result['adapter']}")
 
 
 def _generate(arguments: list[str]) -> None:

@@ -74,11 +74,12 @@ class MetricsLog:
         start: Steps that are done.
         config: Of the run.
         is_main: Whether this process writes; the others only count.
+        bad: Rows that were skipped in the steps that are done.
     """
 
-    def __init__(self, path: Path, start: int, config: TrainConfig, is_main: bool = True) -> None:
+    def __init__(self, path: Path, start: int, config: TrainConfig, is_main: bool = True, bad: Sequence[str] = ()) -> None:
         self.path, self.config, self.is_main = path, config, is_main
-        self.bad: list[str] = []
+        self.bad = list(bad)
         self.losses: list[float] = []
         self.recent: list[StepRecord] = []
         self.tracker: Tracker | None = None

@@ -11,7 +11,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +104,13 @@ def open_run(config: TrainConfig, engine: Engine) -> Run:
     agree_on_start(engine, output, start)
     with engine.together():
         source = open_source(config.data, config.columns)
-        check_training(config, source, engine.device)
-        pipe, info = load_models(config, engine.device)
+        # a checkpoint has all of the adapter that its run started from
+        begun = replace(config, init_adapter=str(resumed)) if resumed and config.init_adapter else config
+        check_training(begun, source, engine.device)
+        pipe, info = load_models(begun, engine.device)
         if resumed:
             checkpoint.load_weights(resumed, pipe.transformer)
+            checkpoint.check_base(resumed, pipe.transformer, config.base)
         dataset = training_dataset(config, pipe, info.tasks, source)
         if resumed:
             checkpoint.check_data(resumed, dataset)
@@ -120,10 +123,9 @@ def open_run(config: TrainConfig, engine: Engine) -> Run:
     trained = [p for p in pipe.transformer.parameters() if p.requires_grad]
     model, optimizer = engine.prepare_optimizer(model, trained, make_optimizer(config, trained, engine.device))
     ema = EMAModel(trained, decay=config.ema_decay, use_ema_warmup=True) if config.ema_decay else None
-    if resumed:
-        checkpoint.load_state(resumed, trained, optimizer, ema)
+    skipped = checkpoint.load_state(resumed, trained, optimizer, ema) if resumed else []
     with engine.together():
-        log = MetricsLog(output / "metrics.jsonl", start, config, engine.is_main)
+        log = MetricsLog(output / "metrics.jsonl", start, config, engine.is_main, skipped)
     return Run(
         config, engine, output, source, pipe, info, model, trained, optimizer, ema, texts, dataset, batches, start, log, budget
     )  # fmt: skip
@@ -249,7 +251,7 @@ def save_checkpoint(run: Run, done: int) -> None:
     """A checkpoint after `done` steps, written by the main process; if it cannot, all stop."""
     engine = run.engine
     adapter, state = checkpoint.snapshot(
-        run.config, done, engine.world, run.dataset, run.pipe.transformer, run.optimizer, run.ema, keep=engine.is_main
+        run.config, done, engine.world, run.dataset, run.pipe.transformer, run.optimizer, run.ema, run.log.bad, engine.is_main
     )
     with engine.together():
         if engine.is_main:

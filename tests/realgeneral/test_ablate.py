@@ -11,7 +11,7 @@ from conftest import make_photo
 from safetensors.torch import load_file
 
 from realgeneral import RealGeneralPipeline
-from realgeneral.adapter import CONDITION_FILE, LORA_FILE
+from realgeneral.adapter_files import CONDITION_FILE, LORA_FILE
 from realgeneral.config import TrainConfig
 from realgeneral.errors import UsageError
 from realgeneral.metrics import Score

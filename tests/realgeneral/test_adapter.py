@@ -17,11 +17,8 @@ from models import make_inputs, run, trained_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from realgeneral import RealGeneralPipeline, RealGeneralTransformer3DModel
-from realgeneral import adapter as adapter_module
+from realgeneral import RealGeneralPipeline, RealGeneralTransformer3DModel, adapter_files
 from realgeneral.adapter import (
-    CONDITION_FILE,
-    LORA_FILE,
     AdapterInfo,
     adapter_info,
     add_lora,
@@ -32,6 +29,7 @@ from realgeneral.adapter import (
     save_adapter,
     unmerge_lora,
 )
+from realgeneral.adapter_files import CONDITION_FILE, LORA_FILE, PAIR_KEY
 from realgeneral.errors import Failure, UsageError
 
 RANK, ALPHA = 3, 6.0
@@ -203,6 +201,27 @@ def _other_alpha(folder: Path, bases: dict[str, Path], tmp: Path) -> None:
     shutil.copy(tmp / "other" / LORA_FILE, folder / LORA_FILE)
 
 
+def _other_training(folder: Path, bases: dict[str, Path], tmp: Path) -> None:
+    model = trained(bases["5b"])
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if ".lora_B" in name).add_(1)
+    save_adapter(model, tmp / "other", adapter_info(model, SPECS, "x"))
+    shutil.copy(tmp / "other" / LORA_FILE, folder / LORA_FILE)
+
+
+def _some_layers(names: str) -> Damage:
+    """Only the LoRA tensors with a name of that beginning are left."""
+
+    def damage(folder: Path, bases: dict[str, Path], tmp: Path) -> None:
+        with safe_open(folder / LORA_FILE, "pt") as file:
+            metadata = file.metadata()
+        left = {name: x for name, x in load_file(folder / LORA_FILE).items() if name.startswith(names)}
+        save_file(left, folder / LORA_FILE, metadata)
+
+    damage.__name__ = f"only {names}"
+    return damage
+
+
 def _other_width(folder: Path, bases: dict[str, Path], tmp: Path) -> None:
     wide = {name: torch.zeros(x.shape[0] + 1, x.shape[1]) for name, x in load_file(folder / LORA_FILE).items()}
     rewrite(folder / LORA_FILE, {}, **wide)
@@ -256,6 +275,9 @@ def _missing_tensor(folder: Path, bases: dict[str, Path], tmp: Path) -> None:
         (_missing_tensor, Failure, "must hold the"),
         (_other_rank, Failure, f"must have rank {RANK} .* got {RANK + 2}"),
         (_other_alpha, Failure, "alpha"),
+        (_other_training, Failure, f"{LORA_FILE} and {CONDITION_FILE} must be of one training, got files of two"),
+        (_some_layers("nothing"), Failure, r"must hold the \d+ tensors of \d+ layers, got 0; first odd: "),
+        (_some_layers("transformer.transformer_blocks.0"), Failure, "first odd: transformer.transformer_blocks.1"),
         (_other_width, Failure, LORA_FILE),
         (_not_a_lora, Failure, LORA_FILE),
     ],
@@ -312,6 +334,33 @@ def test_a_second_adapter_needs_the_first_unloaded(bases: dict[str, Path], saved
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
+def test_after_delete_adapters(bases: dict[str, Path], saved: Path) -> None:
+    """It leaves PEFT's layers without a LoRA in place: told as a LoRA that is there, and unloading helps."""
+    pipe = RealGeneralPipeline.from_pretrained(bases["5b"], adapter=saved)
+    pipe.delete_adapters("default")
+    with pytest.raises(UsageError, match=r"must have no LoRA before an adapter is loaded, got one: call unload_lora_weights"):
+        pipe.load_adapter(saved)
+    pipe.unload_lora_weights()
+    pipe.load_adapter(saved)
+
+
+def test_files_can_be_read_by_whom_the_umask_lets(bases: dict[str, Path], tmp_path: Path) -> None:
+    """On a shared disk an adapter is as readable as any other new file."""
+    before = os.umask(0o027)
+    try:
+        save(bases["5b"], tmp_path / "a")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()} == {0o640}
+
+
+def test_files_of_earlier_versions(bases: dict[str, Path], saved: Path) -> None:
+    """Without the mark of their pair they load as before."""
+    for name in (LORA_FILE, CONDITION_FILE):
+        rewrite(saved / name, {PAIR_KEY: None})
+        load_adapter(fresh(bases["5b"]), saved)
+
+
 def test_interrupted_save_leaves_the_old_adapter(bases: dict[str, Path], saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A save that dies at any file leaves both old files as they were, and the next save works."""
     before = {name: (saved / name).read_bytes() for name in (LORA_FILE, CONDITION_FILE)}
@@ -322,7 +371,7 @@ def test_interrupted_save_leaves_the_old_adapter(bases: dict[str, Path], saved: 
         def full(*_: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        patch.setattr(adapter_module, "save_file", full)
+        patch.setattr(adapter_files, "save_file", full)
         with pytest.raises(Failure, match=r"could not be written to .* No space left"):
             save_adapter(model, saved, info)
     assert {name: (saved / name).read_bytes() for name in before} == before

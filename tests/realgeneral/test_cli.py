@@ -16,7 +16,8 @@ from models import TASKS, trained_model
 from test_pictures import bomb
 
 from realgeneral import RealGeneralPipeline, cli
-from realgeneral.adapter import CONDITION_FILE, adapter_info, save_adapter
+from realgeneral.adapter import adapter_info, save_adapter
+from realgeneral.adapter_files import CONDITION_FILE
 from realgeneral.cli import main
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

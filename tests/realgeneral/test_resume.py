@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import tiny_transformer
 from conftest import make_photo
 from processes import start
 from runs import assert_same_weights, command, environment, losses, rows, train_until, weights
 
 from realgeneral import checkpoint
 from realgeneral import train as train_module
-from realgeneral.adapter import CONDITION_FILE, LORA_FILE
+from realgeneral.adapter_files import CONDITION_FILE, LORA_FILE
 from realgeneral.bad_batch import load_bad_batch
 from realgeneral.config import TrainConfig
 from realgeneral.errors import Failure, UsageError
@@ -95,6 +96,49 @@ def test_data_that_changed_on_resume(config: Callable[..., TrainConfig], data: P
     (tmp_path / "moved" / "more.txt").write_text("a cat")
     with pytest.raises(UsageError, match=r"^data must have 6 rows as in the run to resume, got 7$"):
         train(again)
+
+
+def test_base_that_changed_on_resume(config: Callable[..., TrainConfig], bases: dict[str, Path], tmp_path: Path) -> None:
+    """Other weights in the folder of the same name are refused: the run would go on from what it never saw."""
+    base = shutil.copytree(bases["5b"], tmp_path / "base")
+    settings = {"base": str(base), "lr_schedule": "constant"}
+    train(config(steps=2, **settings))
+    tiny_transformer("5b", seed=7).save_pretrained(base / "transformer")
+    with pytest.raises(UsageError, match=r"base must have the weights of the run to resume, got .*base with others"):
+        train(config(steps=3, resume=True, **settings))
+
+
+def test_fewer_steps_on_resume(config: Callable[..., TrainConfig]) -> None:
+    """A run cannot end before where it is."""
+    train(config(steps=4, lr_schedule="constant"))
+    with pytest.raises(UsageError, match="steps must be at least the 4 of the run to resume, got 3"):
+        train(config(steps=3, lr_schedule="constant", resume=True))
+
+
+def test_skipped_rows_are_counted_across_a_break(
+    config: Callable[..., TrainConfig], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The count at the end is that of an unbroken run, also when a finished one is resumed."""
+    folder = shutil.copytree(data, tmp_path / "with bad rows")
+    for name in ("1.png", "4.png"):
+        (folder / name).write_bytes(b"no picture")
+    assert train(config("whole", data=str(folder)))["skipped"] == 2
+    train_until(config("broken", data=str(folder)), 5, monkeypatch)
+    for _ in range(2):
+        assert train(config("broken", data=str(folder), resume=True))["skipped"] == 2
+
+
+def test_resume_without_the_adapter_that_it_started_from(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint has all of it."""
+    start = train(config("start", steps=1))["adapter"]
+    train(config("whole", init_adapter=start))
+    train_until(config("broken", init_adapter=start), 3, monkeypatch)
+    shutil.rmtree(start)
+    train(config("broken", init_adapter=start, resume=True))
+    assert losses(config("broken").output) == losses(config("whole").output)
+    assert_same_weights(Path(config("broken").output) / "adapter", Path(config("whole").output) / "adapter")
 
 
 def test_adjusted_on_resume(
