@@ -5,14 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 from torch import Tensor
 
+from realgeneral.condition import ConditionCache
 from realgeneral.errors import UsageError
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_INPUTS = ("latents", "prompt_embeds")
 Conditions = Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]]
+
+
+def prompt_list(prompt: str | Sequence[str] | None, embeds: Tensor | None) -> list[str]:
+    """The prompts; none are needed where their features are given, one row each."""
+    if prompt is None:
+        if embeds is None:
+            raise UsageError("prompt must be given unless prompt_embeds are, got neither")
+        return [""] * len(embeds)
+    return [prompt] if isinstance(prompt, str) else list(prompt)
 
 
 def as_list(value: str | Sequence[str] | None, count: int) -> list[str] | None:
@@ -24,6 +35,8 @@ def check_prompts(prompts: list[str], negatives: list[str] | None) -> None:
     """At least one prompt, all strings, and a negative prompt for each if there are any."""
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise UsageError(f"prompt must be a string or a list of strings, got {prompts!r}")
+    if negatives is not None and not all(isinstance(negative, str) for negative in negatives):
+        raise UsageError(f"negative_prompt must be a string or a list of strings, got {negatives!r}")
     if negatives is not None and len(negatives) != len(prompts):
         raise UsageError(f"negative_prompt must be one for all or one per prompt ({len(prompts)}), got {len(negatives)}")
 
@@ -70,8 +83,40 @@ def condition_lists(condition: Conditions | None, batch: int) -> list[list[Image
     return lists
 
 
-def check_embeds(prompts: int, **embeds: Tensor | None) -> None:
-    """Text features that are given hold one row per prompt."""
-    for name, given in embeds.items():
-        if given is not None and len(given) != prompts:
-            raise UsageError(f"{name} must have one row per prompt ({prompts}), got {len(given)}")
+def check_embeds(prompts: int, width: int, window: int, **embeds: Tensor | None) -> None:
+    """Text features that are given are [prompts, T, width] with T at most the text window."""
+    for name, tensor in embeds.items():
+        if tensor is None:
+            continue
+        if len(tensor) != prompts:
+            raise UsageError(f"{name} must have one row per prompt ({prompts}), got {len(tensor)}")
+        if tensor.ndim != 3 or tensor.shape[2] != width or tensor.shape[1] > window:
+            raise UsageError(f"{name} must have shape [{prompts}, T <= {window}, {width}], got {list(tensor.shape)}")
+
+
+def subject_list(subject: str | Sequence[str | None], prompts: int) -> list[str | None]:
+    """One subject for all prompts, or one or none for each."""
+    subjects: list[str | None] = [subject] * prompts if isinstance(subject, str) else list(subject)
+    if not all(name is None or isinstance(name, str) for name in subjects):
+        raise UsageError(f"subject must be a string, or a list of strings and None, got {subject!r}")
+    if len(subjects) != prompts:
+        raise UsageError(f"subject must be one for all or one per prompt ({prompts}), got {len(subjects)}")
+    return subjects
+
+
+def one_cache(cache: ConditionCache | Sequence[ConditionCache], prompts: int, grid: tuple[int, int]) -> ConditionCache:
+    """A cache for all prompts or with a sample for each, of images that are cached together or each on its own."""
+    caches = [cache] if isinstance(cache, ConditionCache) else list(cache)
+    if not all(isinstance(part, ConditionCache) for part in caches):
+        raise UsageError(f"condition_cache must be what encode_condition returns, or a list of those, got {cache!r}")
+    full = cache if isinstance(cache, ConditionCache) else ConditionCache.join(caches)
+    if full.batch not in (1, prompts):
+        raise UsageError(f"condition_cache must hold 1 sample or one per prompt ({prompts}), got {full.batch}")
+    if full.grid != grid:
+        raise UsageError(f"condition_cache must be of a {grid} token grid, got {full.grid}: encode it at this height and width")
+    return full
+
+
+def callback_inputs(callback: Any, names: Sequence[str]) -> Sequence[str]:
+    """The tensors that a callback asks for: diffusers' callback objects know them."""
+    return callback.tensor_inputs if isinstance(callback, PipelineCallback | MultiPipelineCallbacks) else names

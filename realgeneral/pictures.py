@@ -52,7 +52,7 @@ def load_picture(source: str | os.PathLike[str] | bytes, name: str | None = None
         Failure: Missing, truncated, not an image, or more than MAX_PIXELS pixels (checked before decoding).
     """
     with _opened(source, name) as picture:
-        return _to_rgb(ImageOps.exif_transpose(picture))
+        return to_rgb(ImageOps.exif_transpose(picture))
 
 
 def picture_size(source: str | os.PathLike[str] | bytes, name: str | None = None) -> tuple[int, int]:
@@ -68,7 +68,8 @@ def picture_size(source: str | os.PathLike[str] | bytes, name: str | None = None
         return picture.size[::-1] if orientation in (5, 6, 7, 8) else picture.size
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """RGB of a picture in any mode: 16-bit grey scaled to 8, transparency on white."""
     if picture.mode.startswith("I"):
         # 16-bit grey, as depth maps are stored: Pillow would clip it to white
         grey = np.asarray(picture).astype(np.int64).clip(0, 65535)
@@ -82,13 +83,13 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 def fit_picture(picture: Image.Image, width: int, height: int) -> Image.Image:
     """Scale to cover width x height and crop the centre; the aspect ratio of the content is kept."""
-    picture = picture.convert("RGB")
+    picture = to_rgb(picture)
     return picture if picture.size == (width, height) else ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 
 def to_pixels(picture: Image.Image) -> Tensor:
-    """PIL RGB -> [3, H, W] float32 in [-1, 1]."""
-    array = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    """PIL -> RGB [3, H, W] float32 in [-1, 1]."""
+    array = np.asarray(to_rgb(picture), dtype=np.float32)
     return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 

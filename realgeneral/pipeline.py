@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXPipeline
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -18,14 +18,19 @@ from torch import Tensor
 
 from realgeneral.adapter import AdapterInfo, load_adapter
 from realgeneral.arguments import (
+    CALLBACK_INPUTS,
     Conditions,
     as_list,
+    callback_inputs,
     check_at_least_one,
     check_choices,
     check_embeds,
     check_prompts,
     check_steps,
     condition_lists,
+    one_cache,
+    prompt_list,
+    subject_list,
 )
 from realgeneral.condition import ConditionCache
 from realgeneral.embedding import pool_subject, subject_span_mask, token_count
@@ -66,8 +71,16 @@ class RealGeneralPipeline(CogVideoXPipeline):
         target alone is decoded.
     """
 
+    _callback_tensor_inputs: ClassVar[list[str]] = list(CALLBACK_INPUTS)
+
     def __init__(
-        self, tokenizer: Any, text_encoder: Any, vae: AutoencoderKLCogVideoX, transformer: Any, scheduler: Any
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        vae: AutoencoderKLCogVideoX,
+        # both named: `from_pipe` compares types, not classes
+        transformer: CogVideoXTransformer3DModel | RealGeneralTransformer3DModel,
+        scheduler: Any,
     ) -> None:
         if not isinstance(transformer, RealGeneralTransformer3DModel):
             transformer = RealGeneralTransformer3DModel.from_cogvideox(transformer)
@@ -121,7 +134,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         condition: Conditions | None = None,
         *,
         task: str,
@@ -148,13 +161,13 @@ class RealGeneralPipeline(CogVideoXPipeline):
         """Generate images from prompts and condition images.
 
         Args:
-            prompt: One prompt, or a list of B.
+            prompt: One prompt, or a list of B; with `prompt_embeds` needed for a `subject` alone.
             condition: For one prompt an image or a list of K images; for B prompts a list of B such entries.
             task: Name of a task that the transformer knows.
             subject: Words of the prompt that name the subject (customization), one for all or one per prompt.
             negative_prompt: As in diffusers; empty by default.
             prompt_embeds: What the text encoder gives for the prompts, [B, T, E]: with both of these it is not needed.
-            negative_prompt_embeds: As `prompt_embeds`, for the negative prompts.
+            negative_prompt_embeds: As `prompt_embeds`, for the negative prompts, with the same T.
             height: Pixels, a multiple of `size_multiple`; default: the base's own size (1.5: 768 x 1360).
             width: As `height`.
             num_inference_steps: Denoising steps.
@@ -169,7 +182,8 @@ class RealGeneralPipeline(CogVideoXPipeline):
             return_dict: Return `RealGeneralPipelineOutput` instead of a tuple.
             attention_kwargs: {"scale": LoRA scale}.
             callback_on_step_end: Called as in diffusers after each step; None from it changes nothing.
-            callback_on_step_end_tensor_inputs: Tensors handed to the callback: "latents", "prompt_embeds".
+            callback_on_step_end_tensor_inputs: Tensors handed to the callback: "latents", in the order of the images, and
+                "prompt_embeds", [passes * images, T, E], the passes of guidance one after the other, the prompt's last.
             max_sequence_length: Text window in tokens; default: the base's.
 
         Returns:
@@ -178,12 +192,16 @@ class RealGeneralPipeline(CogVideoXPipeline):
         Raises:
             UsageError: A size, task, subject or prompt does not fit; the message says what would.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = prompt_list(prompt, prompt_embeds)
         height, width = self._size(height, width)
         negatives = as_list(negative_prompt, len(prompts))
         check_prompts(prompts, negatives)
-        check_embeds(len(prompts), prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
-        check_choices(output_type, callback_on_step_end_tensor_inputs)
+        embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        check_embeds(
+            len(prompts), self.transformer.config.text_embed_dim, self.transformer.config.max_text_seq_length, **embeds
+        )
+        asked = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        check_choices(output_type, asked)
         check_steps("num_inference_steps", num_inference_steps, self.scheduler)
         check_at_least_one("num_images_per_prompt", num_images_per_prompt)
         self._task_ids(task, 1)
@@ -195,18 +213,9 @@ class RealGeneralPipeline(CogVideoXPipeline):
         device = self._execution_device
         window = self.transformer.config.max_text_seq_length if max_sequence_length is None else max_sequence_length
         check_at_least_one("max_sequence_length", window)
-        self._check_prompts([*prompts, *(negatives or [])], window)
-
-        text, negative = self.encode_prompt(
-            prompts,
-            negatives,
-            not all(guidance.prompts),
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            max_sequence_length=window,
-            device=device,
-        )
-        text = text.to(self.transformer.dtype)
+        text, negative = self._encode_texts(prompts, negatives, not all(guidance.prompts), embeds, window)
+        if subject is not None and prompt is None:
+            raise UsageError("prompt must be given with subject, got None")
         subject_embeds = self._subject_embeds(prompts, subject, text, window)
         inputs, cache = self._condition_inputs(
             conditions, condition_cache, len(prompts), task, subject_embeds, (height, width), guidance.conditions
@@ -215,7 +224,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
         latents = self._initial_latents(images, height, width, text.dtype, device, generator, latents)
         # samples run image-major, then pass, then prompt, so that tensors of the passes' prompts and conditions tile
         order = torch.arange(images).view(len(prompts), num_images_per_prompt).T.flatten()
-        texts = [text if given else negative.to(text.dtype) for given in guidance.prompts]
+        texts = [text if given else negative for given in guidance.prompts]
         text = torch.cat(texts * num_images_per_prompt)
         latents = self._denoise_loop(
             latents[order],
@@ -227,7 +236,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
             num_images_per_prompt,
             generator if not isinstance(generator, list) else [generator[i] for i in order],
             callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
+            asked,
         )
         latents = latents[torch.argsort(order)]
         result = latents if output_type == "latent" else self._decode(latents, output_type)
@@ -265,13 +274,34 @@ class RealGeneralPipeline(CogVideoXPipeline):
             if prompt is None:
                 raise UsageError("prompt must be given with subject, got None")
             window = self.transformer.config.max_text_seq_length
-            text, _ = self.encode_prompt([prompt], None, False, max_sequence_length=window, device=self._execution_device)
-            subject_embeds = self._subject_embeds([prompt], subject, text.to(self.transformer.dtype), window)
+            text, _ = self._encode_texts([prompt], None, False, {}, window)
+            subject_embeds = self._subject_embeds([prompt], subject, text, window)
         conditions = condition_lists(condition, 1)
         latents = self._condition_latents(conditions, size)
         return self.transformer.encode_condition(
             latents, self._task_ids(task, 1), subject_embeds, position=position, attention_kwargs=attention_kwargs
         )
+
+    def _encode_texts(
+        self, prompts: list[str], negatives: list[str] | None, guided: bool, embeds: dict[str, Tensor | None], window: int
+    ) -> tuple[Tensor, Tensor]:
+        """Text features of the prompts and of the negative ones (if not `guided`: the prompts'), given or encoded."""
+        encoded = [] if embeds.get("prompt_embeds") is not None else prompts
+        if guided and embeds.get("negative_prompt_embeds") is None:
+            encoded = [*encoded, *(negatives or [""])]
+        if encoded and (self.text_encoder is None or self.tokenizer is None):
+            raise UsageError("text_encoder and tokenizer must be there unless all text features are given, got none")
+        self._check_prompts(encoded, window)
+        pair = self.encode_prompt(
+            prompts, negatives, guided, **embeds, max_sequence_length=window, device=self._execution_device
+        )
+        text, negative = (x.to(self.transformer.dtype) for x in (pair if guided else pair[:1] * 2))
+        if text.shape[1] != negative.shape[1]:
+            raise UsageError(
+                f"prompt_embeds and negative_prompt_embeds must have the same number of tokens, got {text.shape[1]} and "
+                f"{negative.shape[1]}"
+            )
+        return text, negative
 
     def _denoise_loop(
         self,
@@ -284,7 +314,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
         images: int,
         generator: Any,
         callback: Callable[..., dict[str, Any] | None] | None,
-        callback_inputs: Sequence[str],
+        callback_names: Sequence[str],
     ) -> Tensor:
         self.scheduler.set_timesteps(steps, device=latents.device)
         timesteps, passes, previous = self.scheduler.timesteps, len(guidance.passes), None
@@ -297,7 +327,8 @@ class RealGeneralPipeline(CogVideoXPipeline):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
-                model_input = latents.unflatten(0, (images, 1, -1)).expand(-1, passes, *[-1] * latents.ndim).flatten(0, 2)
+                scaled = self.scheduler.scale_model_input(latents, t).to(text.dtype)
+                model_input = scaled.unflatten(0, (images, 1, -1)).expand(-1, passes, *[-1] * latents.ndim).flatten(0, 2)
                 prediction = self.transformer(
                     model_input,
                     embedded,
@@ -316,11 +347,12 @@ class RealGeneralPipeline(CogVideoXPipeline):
                     latents = self.scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
                 latents = latents.to(text.dtype)
                 if callback is not None:
-                    tensors = {"latents": latents, "prompt_embeds": text}
-                    changed = callback(self, i, t, {k: tensors[k] for k in callback_inputs}) or {}
-                    latents = changed.pop("latents", latents)
-                    if changed.get("prompt_embeds", text) is not text:
-                        text = changed["prompt_embeds"]
+                    # to the callback, as everywhere outside, images are prompt-major
+                    shown = {"latents": _images_last(latents, images), "prompt_embeds": _images_last(text, images, passes)}
+                    changed = callback(self, i, t, {k: shown[k] for k in callback_names}) or {}
+                    latents = _images_first(changed.get("latents", shown["latents"]), images)
+                    if changed.get("prompt_embeds", shown["prompt_embeds"]) is not shown["prompt_embeds"]:
+                        text = _images_first(changed["prompt_embeds"], images, passes)
                         embedded = embed(text)
                 bar.update()
         self._current_timestep = None
@@ -340,9 +372,8 @@ class RealGeneralPipeline(CogVideoXPipeline):
         inputs = {"task_ids": self._task_ids(task, prompts), "subject_embeds": subject_embeds}
         encode = partial(self.transformer.encode_condition, **inputs, attention_kwargs=self._attention_kwargs)
         if cache is not None:
-            full = cache if isinstance(cache, ConditionCache) else ConditionCache.join(cache)
-            if full.batch not in (1, prompts):
-                raise UsageError(f"condition_cache must hold 1 sample or one per prompt ({prompts}), got {full.batch}")
+            height, width = (side // self.vae_scale_factor_spatial for side in size)
+            full = one_cache(cache, prompts, self.transformer.geometry.grid(height, width))
         else:
             assert conditions is not None
             latents = self._condition_latents(conditions, size)
@@ -379,11 +410,8 @@ class RealGeneralPipeline(CogVideoXPipeline):
     def _subject_mask(self, prompts: list[str], subject: str | Sequence[str | None] | None, window: int) -> Tensor | None:
         if subject is None:
             return None
-        subjects = [subject] * len(prompts) if isinstance(subject, str) else list(subject)
-        if len(subjects) != len(prompts):
-            raise UsageError(f"subject must be one for all or one per prompt ({len(prompts)}), got {len(subjects)}")
         try:
-            return subject_span_mask(self.tokenizer, prompts, subjects, window)
+            return subject_span_mask(self.tokenizer, prompts, subject_list(subject, len(prompts)), window)
         except ValueError as error:
             raise UsageError(str(error)) from None
 
@@ -440,3 +468,13 @@ class RealGeneralPipeline(CogVideoXPipeline):
         for prompt in prompts:
             if (length := token_count(self.tokenizer, prompt)) > window:
                 raise UsageError(f"prompt must have at most {window} tokens, got {length}: {prompt[:60]!r}{hint}")
+
+
+def _images_last(x: Tensor, images: int, passes: int = 1) -> Tensor:
+    """[images, passes, prompts] samples, as a step takes them -> [passes, prompts, images]."""
+    return x.unflatten(0, (images, passes, -1)).movedim(0, 2).flatten(0, 2)
+
+
+def _images_first(x: Tensor, images: int, passes: int = 1) -> Tensor:
+    """The inverse of `_images_last`."""
+    return x.unflatten(0, (passes, -1, images)).movedim(2, 0).flatten(0, 2)

@@ -124,6 +124,14 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
         self.check_no_lora()
         super().save_pretrained(*args, **kwargs)
 
+    def fuse_qkv_projections(self) -> None:
+        """As in diffusers, but ValueError if there is a LoRA, which the fused projections would leave out."""
+        if getattr(self, "peft_config", None):
+            raise ValueError(
+                "transformer must have no LoRA for fused projections, got one: fuse_lora() and unload_lora() first"
+            )
+        super().fuse_qkv_projections()
+
     def check_no_lora(self) -> None:
         """ValueError if there is a LoRA, which `save_pretrained` cannot write."""
         if getattr(self, "peft_config", None):

@@ -191,7 +191,7 @@ def test_guidance_on_a_cached_condition(base: Path, open_pipeline: OpenPipeline)
     direct = call(pipe, PROMPTS, [photo, photo], generator=seeded(0, 1), **scales)
     assert_same(call(pipe, PROMPTS, condition_cache=cache, generator=seeded(0, 1), **scales), direct)
     smaller = pipe.encode_condition(photo, task="canny", height=32, width=32)
-    with pytest.raises(ValueError, match="condition caches must be of one size"):
+    with pytest.raises(UsageError, match=r"condition_cache must be of a \(4, 6\) token grid, got \(2, 2\)"):
         call(pipe, "a red pot", condition_cache=smaller, generator=seeded(0), **scales)
 
 
