@@ -22,6 +22,7 @@ NANO_STEPS, NANO_GUIDANCE, NANO_CUSTOMIZATION_GUIDANCE = 10, 1.5, 2.0
 # CogVideoX's own, which has no guidance on a condition
 STEPS, GUIDANCE, IMAGE_GUIDANCE = 50, 6.0, 1.0
 _FITTING = f"if not given {NANO_GUIDANCE}, for customization {NANO_CUSTOMIZATION_GUIDANCE}, which fits nano"
+STEPS_HELP = f"denoising steps; if not given {NANO_STEPS} for nano, {STEPS} for other bases"
 GUIDANCE_HELP = f"classifier-free guidance; {_FITTING}"
 IMAGE_GUIDANCE_HELP = f"guidance on the condition, 1 = none; {_FITTING}"
 # NumPy's largest; a seed's products with sample and epoch numbers then fit in PyTorch's 64 bits
@@ -34,11 +35,13 @@ def nano_guidance(task: str) -> tuple[float, float]:
     return scale, scale
 
 
-def guidance(config: Any, task: str) -> tuple[float, float]:
-    """The scales on prompt and condition for a task: those that are given, else what fits nano."""
-    text, image = nano_guidance(task)
-    given = config.guidance_scale, config.image_guidance_scale
-    return text if given[0] is None else given[0], image if given[1] is None else given[1]
+def sampling(config: Any, task: str) -> tuple[int, float, float]:
+    """Denoising steps, and the scales on prompt and condition, for a task: those that are given, else what fits the base."""
+    nano = "nano" in (getattr(config, "base", "nano"), getattr(config, "protocol", ""))
+    fitting = (NANO_STEPS, *nano_guidance(task)) if nano else (STEPS, GUIDANCE, IMAGE_GUIDANCE)
+    given = config.steps, config.guidance_scale, config.image_guidance_scale
+    steps, text, image = (default if own is None else own for own, default in zip(given, fitting, strict=True))
+    return int(steps), text, image
 
 
 def _check_at_least_one(config: Any, *names: str) -> None:
@@ -258,7 +261,7 @@ class GenerateConfig(Settings):
     output: str = _opt("PNG to write; -1, -2, ... are added for more than one image", "outputs/generate.png")
     height: int = _opt("pixels; 0 = the base's own size", 0)
     width: int = _opt("pixels; 0 = the base's own size", 0)
-    steps: int | None = _opt(f"denoising steps; if not given {NANO_STEPS} for nano, {STEPS} for other bases")
+    steps: int | None = _opt(STEPS_HELP)
     guidance_scale: float | None = _opt(f"{GUIDANCE_HELP}; {GUIDANCE} for other bases")
     image_guidance_scale: float | None = _opt(f"{IMAGE_GUIDANCE_HELP}; {IMAGE_GUIDANCE} for other bases")
     num_images: int = _opt("images to make; image i has seed + i", 1)
@@ -274,11 +277,8 @@ class GenerateConfig(Settings):
         for name in ("prompt", "task"):
             if not getattr(self, name):
                 raise UsageError(f"--{name} must be given, got none")
-        nano = (NANO_STEPS, *nano_guidance(self.task))
-        fitting = nano if self.base == "nano" else (STEPS, GUIDANCE, IMAGE_GUIDANCE)
-        for name, value in zip(("steps", "guidance_scale", "image_guidance_scale"), fitting, strict=True):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        for name, value in zip(("steps", "guidance_scale", "image_guidance_scale"), sampling(self, self.task), strict=True):
+            object.__setattr__(self, name, value)
         _check_at_least_one(self, "steps", "num_images", "image_guidance_scale")
         if self.condition and ":" in self.task:
             raise UsageError(f"task options have no effect with --condition, which is taken as it is, got {self.task!r}")
@@ -349,9 +349,9 @@ class EvaluateConfig(Settings):
     truncate_prompts: bool = _opt(f"protocols: {TRUNCATE_HELP}", False)
     height: int = _opt("pixels of a protocol's pictures; 0 = the base's own size", 0)
     width: int = _opt("pixels; 0 = the base's own size", 0)
-    steps: int = _opt("denoising steps; the default fits nano", NANO_STEPS)
-    guidance_scale: float | None = _opt(GUIDANCE_HELP)
-    image_guidance_scale: float | None = _opt(IMAGE_GUIDANCE_HELP)
+    steps: int | None = _opt(STEPS_HELP)
+    guidance_scale: float | None = _opt(f"{GUIDANCE_HELP}; {GUIDANCE} for other bases")
+    image_guidance_scale: float | None = _opt(f"{IMAGE_GUIDANCE_HELP}; {IMAGE_GUIDANCE} for other bases")
     batch_size: int = _opt("images at once", 25)
     dtype: Literal["float32", "bfloat16", "float16"] = _opt("dtype of the models of a protocol", "float32")
     offload: bool = _opt("keep on the GPU only the model that runs (protocols)", False)

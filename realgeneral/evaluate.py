@@ -17,7 +17,7 @@ from realgeneral.adapter import AdapterInfo, check_fits, library_versions, read_
 from realgeneral.arguments import check_steps
 from realgeneral.bases import load_pipeline
 from realgeneral.buckets import Size
-from realgeneral.config import EvaluateConfig, guidance
+from realgeneral.config import EvaluateConfig, sampling
 from realgeneral.data import PairDataset, Sample
 from realgeneral.errors import UsageError
 from realgeneral.metrics import edge_f1, feature_hits, image_features, psnr, ssim
@@ -123,7 +123,7 @@ def _samples(source: Source, spec: str, size: Size, seed: int, drawn: list[tuple
 def generate_all(pipe: RealGeneralPipeline, pairs: NanoPairs, config: Any, progress: str = "") -> Tensor:
     """Generate every pair in batches, [B, 3, H, W] in [0, 1]; noise depends on the sample, not on its batch."""
     results = []
-    text, image = guidance(config, pairs.samples[0].task)
+    steps, text, image = sampling(config, pairs.samples[0].task)
     for start in tqdm(range(0, len(pairs.samples), config.batch_size), desc=progress, disable=not progress):
         part = pairs.samples[start : start + config.batch_size]
         results.append(
@@ -132,7 +132,7 @@ def generate_all(pipe: RealGeneralPipeline, pairs: NanoPairs, config: Any, progr
                 [[to_picture(c) for c in s.conditions] for s in part],
                 task=part[0].task,
                 subject=[s.subject for s in part],
-                num_inference_steps=config.steps,
+                num_inference_steps=steps,
                 guidance_scale=text,
                 image_guidance_scale=image,
                 generator=[torch.Generator().manual_seed(config.seed * 100_003 + start + i) for i in range(len(part))],
@@ -229,7 +229,7 @@ def _check(config: EvaluateConfig) -> AdapterInfo:
     if config.protocol == "nano" and (height, width) != (64, 64):
         raise UsageError(f"base must be a 64 px model such as nano for nano's table, got one of {height} x {width} px")
     check_fits(base.transformer, info)
-    check_steps("steps", config.steps, base.scheduler)
+    check_steps("steps", sampling(config, "")[0], base.scheduler)
     return info
 
 

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from tqdm.auto import tqdm
 
-from realgeneral.config import EvaluateConfig, guidance
+from realgeneral.config import EvaluateConfig, sampling
 from realgeneral.errors import Failure
 from realgeneral.pictures import fit_picture, load_picture, save_picture
 from realgeneral.pipeline import RealGeneralPipeline
@@ -87,7 +87,7 @@ class CaseGenerator:
     def _generate(self, cases: list[Case], pictures: list[Image.Image]) -> list[Image.Image]:
         width, height = self.size
         subjects = [case.subject for case in cases]
-        text, image = guidance(self.config, self.task.name)
+        steps, text, image = sampling(self.config, self.task.name)
         images: list[Image.Image] = self.pipe(
             [case.prompt for case in cases],
             [[self.condition(picture)] for picture in pictures],
@@ -95,7 +95,7 @@ class CaseGenerator:
             subject=subjects if any(subjects) else None,
             height=height,
             width=width,
-            num_inference_steps=self.config.steps,
+            num_inference_steps=steps,
             guidance_scale=text,
             image_guidance_scale=image,
             generator=[torch.Generator().manual_seed(self._seed(case)) for case in cases],
@@ -108,6 +108,7 @@ class CaseGenerator:
 
     def _settings(self, case: Case, picture: Image.Image, weights: str) -> dict[str, Any]:
         """Everything that the picture depends on."""
+        steps, *scales = sampling(self.config, self.task.name)
         return {
             "case": case.name,
             "prompt": case.prompt,
@@ -115,8 +116,8 @@ class CaseGenerator:
             "picture": hashlib.sha256(picture.tobytes()).hexdigest(),
             "task": self.task.spec,
             "size": list(self.size),
-            "steps": self.config.steps,
-            "guidance": list(guidance(self.config, self.task.name)),
+            "steps": steps,
+            "guidance": scales,
             "seed": self.config.seed,
             "dtype": self.config.dtype,
             "weights": weights,

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from realgeneral.adapter import library_versions, read_adapter_info
 from realgeneral.bases import load_pipeline
-from realgeneral.config import EvaluateConfig, guidance
+from realgeneral.config import EvaluateConfig, sampling
 from realgeneral.embedding import cut_prompt
 from realgeneral.encoders import loading
 from realgeneral.errors import Failure, UsageError
@@ -146,9 +146,9 @@ def _write(
     values: dict[str, dict[str, list[float]]],
 ) -> None:
     output, (width, height) = Path(config.output), generator.size
-    prompt_scale, image_scale = guidance(config, generator.task.name)
+    steps, prompt_scale, image_scale = sampling(config, generator.task.name)
     setting = (
-        f"Adapter {config.adapter} on {config.base}, {config.data}, {width} x {height} px, {config.steps} steps "
+        f"Adapter {config.adapter} on {config.base}, {config.data}, {width} x {height} px, {steps} steps "
         f"({type(generator.pipe.scheduler).__name__}), guidance {prompt_scale:g}, "
         f"image guidance {image_scale:g}, seed {config.seed}."
     ) + (f" {len(bad)} bad rows were skipped." if bad else "")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from realgeneral import RealGeneralPipeline
 from realgeneral.adapter import adapter_info, save_adapter
-from realgeneral.config import DemoConfig, EvaluateConfig, GenerateConfig, guidance
+from realgeneral.config import DemoConfig, EvaluateConfig, GenerateConfig, sampling
 from realgeneral.generate import derive_condition, generate
 from realgeneral.pictures import fit_picture, load_picture
 from realgeneral.tasks import get_task
@@ -73,10 +73,11 @@ def test_sampler_that_fits(base: str, task: str, fitting: tuple[int, float, floa
     made = GenerateConfig(**common)
     assert (made.steps, made.guidance_scale, made.image_guidance_scale) == fitting
     if base == "nano":
-        assert {(c.steps, *guidance(c, task)) for c in (DemoConfig(), EvaluateConfig())} == {fitting}
+        assert {sampling(c, task) for c in (DemoConfig(), EvaluateConfig())} == {fitting}
+    assert sampling(EvaluateConfig(base=base, protocol="canny", data="pictures"), task) == fitting
     given = GenerateConfig(**common, steps=7, guidance_scale=0.0, image_guidance_scale=2.0)
     assert (given.steps, given.guidance_scale, given.image_guidance_scale) == (7, 0.0, 2.0)
-    assert guidance(EvaluateConfig(guidance_scale=0.0, image_guidance_scale=2.0), task) == (0.0, 2.0)
+    assert sampling(EvaluateConfig(guidance_scale=0.0, image_guidance_scale=2.0), task)[1:] == (0.0, 2.0)
 
 
 def test_several_images(settings: dict[str, Any], tmp_path: Path) -> None:
