@@ -239,7 +239,7 @@ class TarSource(BaseSource):
         targets = [v for k, v in pictures.items() if k.startswith("target.") or "." not in k]
         if targets:
             described["target"] = targets[0]
-        conditions = [v for k, v in sorted(pictures.items()) if k.startswith("condition.")]
+        conditions = [pictures[k] for k in sorted(pictures, key=_numbered) if k.startswith("condition.")]
         if conditions:
             described["condition"] = conditions
         return make_record(self.row_name(index), self.columns({**described, **pictures}), self._picture)
@@ -257,6 +257,11 @@ class TarSource(BaseSource):
         if not isinstance(value, tuple):
             raise Failure(f"pictures in {self.path.name} must be members, got {value!r}")
         return Picture(self._bytes(value))
+
+
+def _numbered(member: str) -> list[tuple[int, str]]:
+    """A sort key by which condition.10.png comes after condition.9.png."""
+    return [(int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in member.split(".")]
 
 
 def _text(data: bytes, name: str) -> str:

@@ -165,6 +165,19 @@ def test_webdataset_names(tmp_path: Path) -> None:
     assert source.row_name(0) == "d.tar x/1"
 
 
+def test_webdataset_conditions_are_numbered(tmp_path: Path) -> None:
+    """KEY.condition.0.png, ... are in the order of their numbers, not of their names: the place is the frame position."""
+    numbers = [3, 11, 0, 7, 2, 10, 1, 9, 5, 4, 8, 6]
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        members = [("0.target.png", picture(0)), ("0.txt", b"a pot")]
+        for name, data in members + [(f"0.condition.{i}.png", encoded(Image.new("RGB", (32, 16), (i, 0, 0)))) for i in numbers]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    (conditions,) = [open_source(str(tmp_path / "d.tar")).row(0, 0).conditions]
+    assert [image.getpixel((0, 0))[0] for image in conditions] == sorted(numbers)
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16", "1"])
 def test_pictures_of_every_mode(write: Writer, tmp_path: Path, mode: str) -> None:
     """Grey, transparent, palette, CMYK and 16-bit pictures are rows like others."""
