@@ -83,15 +83,15 @@ def condition_lists(condition: Conditions | None, batch: int) -> list[list[Image
     return lists
 
 
-def check_embeds(prompts: int, width: int, window: int, **embeds: Tensor | None) -> None:
-    """Text features that are given are [prompts, T, width] with T at most the text window."""
+def check_embeds(prompts: int, width: int, **embeds: Tensor | None) -> None:
+    """Text features that are given are [prompts, T, width]."""
     for name, tensor in embeds.items():
         if tensor is None:
             continue
         if len(tensor) != prompts:
             raise UsageError(f"{name} must have one row per prompt ({prompts}), got {len(tensor)}")
-        if tensor.ndim != 3 or tensor.shape[2] != width or tensor.shape[1] > window:
-            raise UsageError(f"{name} must have shape [{prompts}, T <= {window}, {width}], got {list(tensor.shape)}")
+        if tensor.ndim != 3 or tensor.shape[2] != width:
+            raise UsageError(f"{name} must have shape [{prompts}, T, {width}], got {list(tensor.shape)}")
 
 
 def subject_list(subject: str | Sequence[str | None], prompts: int) -> list[str | None]:

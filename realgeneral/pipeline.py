@@ -197,9 +197,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
         negatives = as_list(negative_prompt, len(prompts))
         check_prompts(prompts, negatives)
         embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
-        check_embeds(
-            len(prompts), self.transformer.config.text_embed_dim, self.transformer.config.max_text_seq_length, **embeds
-        )
+        check_embeds(len(prompts), self.transformer.config.text_embed_dim, **embeds)
         asked = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         check_choices(output_type, asked)
         check_steps("num_inference_steps", num_inference_steps, self.scheduler)

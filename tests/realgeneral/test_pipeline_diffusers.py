@@ -113,9 +113,8 @@ def test_text_features_replace_prompts(pipe: RealGeneralPipeline, photo: Image.I
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"prompt_embeds": (1, TEXT_WINDOW, 23)}, r"^prompt_embeds must have shape \[1, T <= 12, 24\], got \[1, 12, 23\]"),
+        ({"prompt_embeds": (1, TEXT_WINDOW, 23)}, r"^prompt_embeds must have shape \[1, T, 24\], got \[1, 12, 23\]"),
         ({"prompt_embeds": (1, TEXT_WINDOW)}, r"^prompt_embeds must have shape"),
-        ({"negative_prompt_embeds": (1, 13, 24)}, r"^negative_prompt_embeds must have shape .*, got \[1, 13, 24\]"),
         ({"negative_prompt_embeds": (1, 11, 24)}, r"must have the same number of tokens, got 12 and 11"),
     ],
 )
