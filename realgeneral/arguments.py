@@ -106,8 +106,8 @@ def subject_list(subject: str | Sequence[str | None], prompts: int) -> list[str 
 
 def one_cache(cache: ConditionCache | Sequence[ConditionCache], prompts: int, grid: tuple[int, int]) -> ConditionCache:
     """A cache for all prompts or with a sample for each, of images that are cached together or each on its own."""
-    caches = [cache] if isinstance(cache, ConditionCache) else list(cache)
-    if not all(isinstance(part, ConditionCache) for part in caches):
+    caches = [cache] if isinstance(cache, ConditionCache) else cache
+    if not isinstance(caches, (list, tuple)) or not all(isinstance(part, ConditionCache) for part in caches):
         raise UsageError(f"condition_cache must be what encode_condition returns, or a list of those, got {cache!r}")
     full = cache if isinstance(cache, ConditionCache) else ConditionCache.join(caches)
     if full.batch not in (1, prompts):

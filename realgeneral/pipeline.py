@@ -285,15 +285,14 @@ class RealGeneralPipeline(CogVideoXPipeline):
     ) -> tuple[Tensor, Tensor]:
         """Text features of the prompts and of the negative ones (if not `guided`: the prompts'), given or encoded."""
         encoded = [] if embeds.get("prompt_embeds") is not None else prompts
-        if guided and embeds.get("negative_prompt_embeds") is None:
-            encoded = [*encoded, *(negatives or [""])]
+        if embeds.get("negative_prompt_embeds") is None:
+            encoded = [*encoded, *(negatives or [""] * guided)]
         if encoded and (self.text_encoder is None or self.tokenizer is None):
             raise UsageError("text_encoder and tokenizer must be there unless all text features are given, got none")
         self._check_prompts(encoded, window)
-        pair = self.encode_prompt(
-            prompts, negatives, guided, **embeds, max_sequence_length=window, device=self._execution_device
-        )
-        text, negative = (x.to(self.transformer.dtype) for x in (pair if guided else pair[:1] * 2))
+        device = self._execution_device
+        pair = self.encode_prompt(prompts, negatives, guided, **embeds, max_sequence_length=window, device=device)
+        text, negative = (x.to(device, self.transformer.dtype) for x in (pair if guided else pair[:1] * 2))
         if text.shape[1] != negative.shape[1]:
             raise UsageError(
                 f"prompt_embeds and negative_prompt_embeds must have the same number of tokens, got {text.shape[1]} and "

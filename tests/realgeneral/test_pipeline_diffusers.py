@@ -167,6 +167,8 @@ def test_encode_condition_refuses_a_long_prompt(pipe: RealGeneralPipeline, photo
         ({"negative_prompt": [None]}, r"negative_prompt must be a string or a list of strings, got \[None\]"),
         ({"subject": [3]}, r"subject must be a string, or a list of strings and None, got \[3\]"),
         ({"condition": None, "condition_cache": "x"}, r"condition_cache must be what encode_condition returns, .*, got 'x'"),
+        ({"condition": None, "condition_cache": [5]}, r"condition_cache must be what encode_condition returns, .*, got \[5\]"),
+        ({"negative_prompt": "far too " * 9, "guidance_scale": 1.0}, "prompt must have at most 12 tokens, got"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
