@@ -177,7 +177,8 @@ def target_layers(transformer: nn.Module, target: str) -> list[str]:
 def check_targets(transformer: nn.Module, targets: Sequence[str]) -> None:
     """UsageError unless each LoRA target names a linear layer; no weights are read."""
     for target in targets:
-        if not target_layers(transformer, target):
+        named = [module for name, module in transformer.named_modules() if name == target or name.endswith(f".{target}")]
+        if not named or not all(isinstance(module, nn.Linear) for module in named):
             raise UsageError(f"LoRA target must name linear layers of the base such as {list(LORA_TARGETS)}, got {target!r}")
 
 

@@ -7,6 +7,7 @@ names, prompts, tasks, losses, and the draws (timesteps, dropped prompts and con
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,9 @@ def save_bad_batch(folder: Path, step: int, rank: int, parts: list[MicroBatch]) 
     return folder
 
 
-def load_bad_batch(folder: Path, rank: int = 0) -> list[tuple[Batch, Draws]]:
+def load_bad_batch(folder: str | os.PathLike[str], rank: int = 0) -> list[tuple[Batch, Draws]]:
     """What `training_loss` needs to run the micro-batches of a process again."""
+    folder = Path(folder)
     listed = json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8"))["micro_batches"]
     tensors = load_file(folder / f"rank-{rank}.safetensors")
     made = []

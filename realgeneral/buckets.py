@@ -99,7 +99,7 @@ def read_shapes(source: Source) -> list[Shape | None]:
     They are kept under the user's cache folder until the files change.
     """
     stamp = source.stamp()
-    path = _cache_folder() / "shapes" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.npy"
+    path = _cache_folder() / "shapes" / f"{hashlib.sha256(stamp.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.npy"
     if stamp and path.is_file():
         table = _load(path)
         if table is not None and table.shape == (len(source), 3):

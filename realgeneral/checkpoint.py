@@ -62,6 +62,8 @@ def start_or_resume(config: TrainConfig, output: Path, processes: int = 1, tell:
     check_output(str(output))
     found = checkpoints(output)
     if not found:
+        if (output / "adapter" / CONDITION_FILE).is_file():
+            raise UsageError(f"output must be a new folder, got {output} which holds a finished adapter and no checkpoint")
         return None
     if not config.resume:
         raise UsageError(f"output must be a new folder, got {output} which holds {found[-1].name}; add --resume to continue it")

@@ -54,6 +54,11 @@ def _parse(command: str, config: Any, arguments: list[str]) -> Any:
             raise UsageError(f"{message} (realgeneral {command} --help lists the options)")
 
     parser = Parser(config, prog=f"realgeneral {command}", description=config.__doc__, allow_abbrev=False)
+    given = [argument.partition("=")[0] for argument in arguments]
+    for action in parser._actions:
+        times = sum(name in action.option_strings for name in given)
+        if action.nargs == "+" and times > 1:
+            parser.error(f"{action.option_strings[0]} must be given once, with all its values after it, got {times} times")
     *parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         parser.error(f"options must be known, got {' '.join(unknown)}")

@@ -111,7 +111,7 @@ def _model_fingerprint(folder: Path, stamp: str) -> str:
 
 def variant_seed(name: str, variant: int) -> int:
     """Seed of one of a row's stored draws: a function of the row alone, so that runs with any seed can share a store."""
-    return int.from_bytes(hashlib.sha256(f"{name}/{variant}".encode()).digest()[:4], "big") >> 1
+    return int.from_bytes(hashlib.sha256(f"{name}/{variant}".encode("utf-8", "surrogateescape")).digest()[:4], "big") >> 1
 
 
 def check_tasks(source: Source, specs: Sequence[str]) -> None:
@@ -252,7 +252,8 @@ class PairDataset(Dataset[Sample]):
         # one whose condition can be had
         able = [w if self._made(task, record) else 0.0 for task, w in zip(self.tasks, self.weights, strict=True)]
         if not any(able):
-            raise Failure(f"{record.name} must have a condition, since none of {sorted(self.by_name)} derives one")
+            wanted = sorted(task.name for task, weight in zip(self.tasks, self.weights, strict=True) if weight)
+            raise Failure(f"{record.name} must have a condition, since none of {wanted} derives one")
         return list(zip(self.tasks, able, strict=True))
 
     @staticmethod

@@ -194,6 +194,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         from realgeneral.protocols.run import run_protocol
 
         return run_protocol(config)
+    if options := [task for task in config.tasks if ":" in task and task not in info.tasks]:
+        raise UsageError(f"tasks must be names, scored with the adapter's own options {list(info.tasks)}, got {options[0]!r}")
     specs = [info.task_spec(name.partition(":")[0]) for name in config.tasks or info.task_names]
     output = Path(config.output)
     pipe = _pipeline(config, config.adapter)

@@ -69,7 +69,11 @@ def picture_size(source: str | os.PathLike[str] | bytes, name: str | None = None
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """RGB of a picture in any mode: 16-bit grey scaled to 8, transparency on white."""
+    """RGB of a picture in any mode: 16-bit grey, and fractions in float32, scaled to 8 bits, transparency on white."""
+    if picture.mode == "F":
+        # a depth map as a TIFF, in [0, 1] or as 8-bit values: Pillow would cut fractions to black
+        values = np.nan_to_num(np.asarray(picture))
+        picture = Image.fromarray((values * (255 if values.max(initial=0) <= 1 else 1)).round().clip(0, 255).astype(np.uint8))
     if picture.mode.startswith("I"):
         # 16-bit grey, as depth maps are stored: Pillow would clip it to white
         grey = np.asarray(picture).astype(np.int64).clip(0, 65535)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,9 @@ from realgeneral.sources import open_source
 from realgeneral.store import Store, StoreSettings, StoreWriter
 from realgeneral.vae import encode_images
 from realgeneral.workers import from_workers
+
+# what a kill loses at most
+FLUSH_SECONDS = 60.0
 
 
 def parse_shard(spec: str) -> tuple[int, int]:
@@ -138,10 +142,14 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
     work = DataLoader(RowsToEncode(pairs, rows, writer.store), None, num_workers=config.num_workers)
     encoder = _Encoder(pipe, writer, device, config.encode_batch)
     bad: list[str] = []
+    flushed = time.monotonic()
     encoder.text("")  # prompts are dropped in training
-    with from_workers():
+    with from_workers(), writer.kept():
         for row in tqdm(work, desc=f"precompute {part}/{count}", unit="row", file=sys.stderr):
             encoder.row(row)
+            if time.monotonic() > flushed + FLUSH_SECONDS:  # on a small model one shard may be the whole store
+                writer.flush()
+                flushed = time.monotonic()
             if row.problem is not None:
                 bad.append(row.problem)
                 if config.strict:

@@ -153,8 +153,11 @@ def file_stamp(files: Iterable[Path]) -> str:
     """Names, sizes and times of files."""
     lines = []
     for file in files:
-        status = os.stat(file)
-        lines.append(f"{file.absolute()} {status.st_size} {status.st_mtime_ns}")
+        try:
+            status = os.stat(file)
+            lines.append(f"{file.absolute()} {status.st_size} {status.st_mtime_ns}")
+        except OSError as error:  # a link to nothing: its row is told when it is read
+            lines.append(f"{file.absolute()} {error.errno}")
     return "\n".join(lines)
 
 

@@ -16,10 +16,13 @@ from realgeneral.records import Source
 from realgeneral.sources import BUILT_IN, built_in
 
 
-def sample_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source, texts: Texts) -> Image.Image:
+def sample_grid(
+    pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source, texts: Texts, variants: int = 0
+) -> Image.Image:
     """A grid (condition | result | target) of the first `sample_count` rows of a fixed order; of packaged data held-out rows.
 
-    With precomputed inputs the rows are those of training, whose text features are stored, and the VAE is lent to the device.
+    With precomputed inputs the rows are those of training, in one of the `variants` draws, whose text features are stored, and
+    the VAE is lent to the device.
 
     A result equals what `realgeneral generate` makes of the same prompt, condition, seed, steps and guidance, bit for bit in
     float32.
@@ -27,13 +30,17 @@ def sample_grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInf
     if config.data in BUILT_IN and not config.precomputed:
         source = built_in(config.data, "held_out")
     with lent(pipe.vae, pipe.transformer.device):
-        return _grid(pipe, config, info, source, texts)
+        return _grid(pipe, config, info, source, texts, variants if config.precomputed else 0)
 
 
-def _grid(pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source, texts: Texts) -> Image.Image:
+def _grid(
+    pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source, texts: Texts, variants: int
+) -> Image.Image:
     height, width = pipe._size(config.height or None, config.width or None)
     check = TextCheck(pipe.tokenizer, pipe.transformer.config.max_text_seq_length, config.truncate_prompts)
-    dataset = PairDataset(source, info.tasks, config.task_weights, (width, height), config.seed, strict=False, check=check)
+    dataset = PairDataset(
+        source, info.tasks, config.task_weights, (width, height), config.seed, False, check, variants=variants
+    )
     rows, labels = [], []
     device = pipe.transformer.device
     for n in range(config.sample_count):

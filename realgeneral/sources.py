@@ -19,7 +19,7 @@ from realgeneral.records import BaseSource, Block, Picture, Record, Source, chec
 from realgeneral.tables import ParquetSource, RowGroups, open_huggingface
 
 BUILT_IN = ("nano", "avatars")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def open_source(path: str, columns: Sequence[str] = (), *, repeats: bool = True, groups: RowGroups | None = None) -> Source:
@@ -177,7 +177,9 @@ class FolderSource(BaseSource):
         return make_record(name, self.columns(described), self._picture)
 
     def stamp(self) -> str:
-        """Of the listing and of the files of the folder, and of its folders' files if the listing may name them."""
+        """Of the listing and of the files of the folder and its folders; none if the listing names files elsewhere."""
+        if any("../" in line or '"/' in line for _, line in self.rows):
+            return ""
         files = (p for p in sorted(self.folder.rglob("*")) if p.suffix.lower() in (*PICTURES, ".txt", ".jsonl"))
         return f"{self.columns} {file_stamp(files)}"
 

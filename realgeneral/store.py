@@ -9,6 +9,7 @@ A shard's json is written last: what a killed process leaves behind without one 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -246,6 +247,15 @@ class StoreWriter:
     def add_bad(self, key: str, reason: str) -> None:
         """Note why there is no tensor for a key."""
         self.bad[key] = reason
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Whatever ends the work inside (Ctrl-C, say), what is encoded by then is written."""
+        try:
+            yield
+        except BaseException:
+            self.flush()
+            raise
 
     def flush(self) -> None:
         """Write what has come together: tensors first, then their index."""

@@ -113,9 +113,11 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.recent.append(record)
-        if step % self.config.log_every == 0:
+        recent = [loss for record in self.recent for loss in record.losses]
+        bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", samples_s=row["samples_per_second"], refresh=False)
+        # the last point may be of fewer steps
+        if step % self.config.log_every == 0 or step == self.config.steps:
             curves = self._curves()
-            bar.set_postfix(loss=f"{curves['loss']:.4f}", samples_s=row["samples_per_second"])
             if self.tracker is not None:
                 self.tracker.log(curves, step)
 

@@ -273,7 +273,7 @@ def save_samples(run: Run, step: int, ema: EMAModel | None) -> None:
         if engine.is_main or engine.sharded:
             # a compiled model would be compiled again for the sampler's batch and its condition cache
             with torch.compiler.set_stance("force_eager" if config.compile else "default"):
-                picture = sample_grid(run.pipe, config, run.info, run.source, run.texts)
+                picture = sample_grid(run.pipe, config, run.info, run.source, run.texts, run.dataset.variants)
     transformer.train()
     if ema is not None:
         ema.restore(run.trained)

@@ -50,10 +50,15 @@ def check_affine(name: str, x: Tensor | None, size: int, letter: str, like: Tens
     check_device(name, x, like)
 
 
-def check_layout(layout: SegmentLayout, seq_len: int, name: str) -> None:
-    """Check that a layout's lengths sum to the sequence length of the tensor `name`."""
+def check_layout_type(layout: SegmentLayout) -> None:
+    """Check that it is a layout."""
     if not isinstance(layout, SegmentLayout):
         raise TypeError(f"layout must be a SegmentLayout, got {type(layout).__name__}")
+
+
+def check_layout(layout: SegmentLayout, seq_len: int, name: str) -> None:
+    """Check that a layout's lengths sum to the sequence length of the tensor `name`."""
+    check_layout_type(layout)
     if layout.seq_len != seq_len:
         raise ValueError(f"layout lengths {layout.lengths} must sum to {name}'s S = {seq_len}, got {layout.seq_len}")
 

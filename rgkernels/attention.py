@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from rgkernels import reference
-from rgkernels._checks import check_layout, check_rank, check_tensor
+from rgkernels._checks import check_layout, check_layout_type, check_rank, check_tensor
 from rgkernels._impl import ATTENTION_IMPLS, resolve
 from rgkernels.segments import SegmentLayout
 
@@ -60,6 +60,11 @@ def segment_attention(
     Source:
         RealGeneral's Frame-Condition Decoupling; FlashAttention-2 (arXiv 2307.08691).
     """
+    check_layout_type(layout)
+    if isinstance(query_segments, str):
+        raise TypeError(f"query_segments must be a sequence of names, got the string {query_segments!r}")
+    if softmax_scale is not None and not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
     names = layout.names if query_segments is None else tuple(query_segments)
     _check_attention(q, k, v, layout, names)
     scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)

@@ -141,7 +141,7 @@ def _as_length(value: object) -> int:
 
 
 def _as_pair(pair: Sequence[str], names: tuple[str, ...]) -> tuple[str, str]:
-    if isinstance(pair, str) or len(pair) != 2:
+    if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
         raise ValueError(f"blocked must hold (query, key) pairs, got {pair!r}")
     for name in pair:
         if name not in names:

@@ -158,6 +158,8 @@ def test_unknown_lora_target(bases: dict[str, Path]) -> None:
     """A LoRA target that the model does not have is a usage error that names it."""
     with pytest.raises(UsageError, match="nonsense"):
         add_lora(fresh(bases["5b"]), 2, None, ["nonsense"])
+    with pytest.raises(UsageError, match=r"LoRA target must name linear layers .*, got 'norm1'"):
+        add_lora(fresh(bases["5b"]), 2, None, ["to_q", "norm1"])
 
 
 def test_metadata_round_trip(bases: dict[str, Path], tmp_path: Path) -> None:

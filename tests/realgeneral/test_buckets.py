@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from realgeneral import buckets
 from realgeneral.buckets import Bucketed, Shape, bucket_sizes, epoch_order, nearest, read_shapes, standard_sizes
-from realgeneral.data import RunSampler
+from realgeneral.data import PairDataset, RunSampler
 from realgeneral.errors import Failure, UsageError
 from realgeneral.objective import Batch, collate
 from realgeneral.records import Block
@@ -210,6 +212,36 @@ def test_shapes_are_kept_until_files_change(tmp_path: Path, cache: Path, monkeyp
     assert calls == [3]
     (Path(path) / "target-0-0.png").write_bytes(encoded(make_photo(20, 60)))
     assert read_shapes(open_source(path))[0] == Shape(20, 60, 1)
+
+
+def test_shapes_of_files_elsewhere_are_not_kept(tmp_path: Path, cache: Path) -> None:
+    """Only files of the folder are watched: sizes of others are read each time."""
+    (tmp_path / "d").mkdir()
+    for size in ((40, 24), (24, 40)):
+        make_photo(*size).save(tmp_path / "outside.png")
+        for name in ("../outside.png", str(tmp_path / "outside.png")):
+            (tmp_path / "d" / "metadata.jsonl").write_text(json.dumps({"target": name, "prompt": "a"}))
+            assert read_shapes(open_source(str(tmp_path / "d"))) == [Shape(*size, 1)]
+
+
+@pytest.mark.parametrize("name", ["link.png", os.fsdecode(b"caf\xe9.png")])
+def test_odd_names_are_one_bad_row(tmp_path: Path, cache: Path, name: str) -> None:
+    """A link to nothing, and a name that is no UTF-8: skipped by name with buckets and variants too."""
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for i in range(3):
+        make_photo(40, 24, i).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("a pot")
+    if name == "link.png":
+        (folder / name).symlink_to("/nowhere.png")
+    else:
+        make_photo(40, 24).save(folder / name, format="PNG")
+    (folder / name).with_suffix(".txt").write_text("a pot")
+    source = open_source(str(folder))
+    shapes = read_shapes(source)
+    assert [shape is None for shape in shapes].count(True) == 1
+    rows = PairDataset(source, ["canny"], [], (32, 16), 0, strict=False, variants=2)
+    assert len({reason for n in range(12) for reason in rows[n].skipped}) == 1
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,6 +111,12 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert err == f"realgeneral: command must be one of {commands}, got 'trian'\n"
 
 
+def test_a_list_given_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first values would be lost."""
+    assert main(["train", "--tasks", "canny", "--tasks=colouring"]) == 2
+    assert "--tasks must be given once, with all its values after it, got 2 times" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["demo", "train", "generate", "evaluate"])
 def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """--help lists every option with its meaning and ends with status 0."""

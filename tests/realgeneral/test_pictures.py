@@ -74,6 +74,16 @@ def test_sixteen_bit_keeps_its_gradient() -> None:
     assert np.abs(got - wanted).max() <= 1
 
 
+@pytest.mark.parametrize("top", [1.0, 255.0])
+def test_float_depth_maps(top: float) -> None:
+    """A float32 TIFF of fractions, or of 8-bit values, is that ramp; what is no number is black."""
+    ramp = np.linspace(0, top, 64, dtype=np.float32)[None].repeat(8, 0)
+    ramp[0] = np.nan
+    got = np.asarray(load_picture(encoded(Image.fromarray(ramp), "TIFF")))[:, :, 0].astype(int)
+    assert np.abs(got[1:] - np.linspace(0, 255, 64)).max() <= 1
+    assert not got[0].any()
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparency_lies_on_white(mode: str) -> None:
     """Transparent pixels are white, not the colour that happens to be stored under them."""

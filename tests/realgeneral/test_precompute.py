@@ -141,14 +141,15 @@ def test_nano_data(training: Callable[..., TrainConfig], settings: Callable[...,
     from realgeneral.nano import pairs
 
     monkeypatch.setattr(pairs, "load_emoji", lambda split, load=pairs.load_emoji: load(split)[:2])
-    monkeypatch.setattr(pairs, "caption", lambda concept, style, colours=(): "a red pot")
+    # as many colours as a draw tells, in words of the tiny text window
+    monkeypatch.setattr(pairs, "caption", lambda concept, style, colours=(): " ".join(["a", *["red"] * len(colours), "pot"]))
     monkeypatch.setattr("realgeneral.data.subject_span_mask", lambda *_: None)
     monkeypatch.setattr("realgeneral.objective.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
     monkeypatch.setattr("realgeneral.pipeline.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
     common: dict[str, Any] = {"data": "nano", "tasks": ["colouring", "customization"], "buckets": []}
     precompute(settings(**common))
     train(training("plain", steps=4, variants=2, **common))
-    train(training("stored", steps=4, precomputed=settings().output, sample_count=2, sample_steps=1, **common))
+    train(training("stored", steps=4, precomputed=settings().output, sample_count=6, sample_steps=1, **common))
     assert losses(training("stored").output) == losses(training("plain").output)
     assert (Path(training("stored").output) / "samples" / "step-000004.png").is_file()
 
@@ -170,6 +171,33 @@ def test_samples_need_no_text_encoder(
 
 
 # --- the store -----------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_keeps_what_is_encoded(settings: Callable[..., PrecomputeConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entries of the rows before are there, and the next run adds the others."""
+    whole = precompute(settings(output=settings().output + "-whole"))
+    original, rows = precompute_module._Encoder.row, [0]
+
+    def interrupted(self: Any, row: Any) -> None:
+        rows[0] += 1
+        if rows[0] == 4:
+            raise KeyboardInterrupt
+        original(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(precompute_module._Encoder, "row", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            precompute(settings())
+    kept = len(Store(settings().output).places)
+    assert 0 < kept < whole["encoded"]
+    assert precompute(settings())["encoded"] == whole["encoded"] - kept
+
+
+def test_time_makes_shards_too(settings: Callable[..., PrecomputeConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed run loses a minute at most."""
+    monkeypatch.setattr(precompute_module, "FLUSH_SECONDS", 0.0)
+    precompute(settings())
+    assert len(list((Path(settings().output) / "shards").glob("*.safetensors"))) > 3
 
 
 def test_shards_are_one_store(settings: Callable[..., PrecomputeConfig], tmp_path: Path) -> None:

@@ -75,6 +75,17 @@ def test_output_that_holds_a_run(config: Callable[..., TrainConfig]) -> None:
     assert losses(config().output) == before
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_output_that_holds_an_adapter_alone(config: Callable[..., TrainConfig], resume: bool) -> None:
+    """A finished run whose checkpoints were deleted is not overwritten either."""
+    adapter = Path(train(config(steps=1))["adapter"])
+    shutil.rmtree(adapter.parent / "checkpoints")
+    before = weights(adapter)
+    with pytest.raises(UsageError, match=r"output must be a new folder, got .* holds a finished adapter and no checkpoint"):
+        train(config(steps=1, seed=1, resume=resume))
+    assert all(torch.equal(value, before[name]) for name, value in weights(adapter).items())
+
+
 @pytest.mark.parametrize(
     "change", [{"weight_decay": 0.5}, {"tasks": ["canny"]}, {"rank": 3}, {"seed": 1}, {"preset": "paper"}, {"width": 48}]
 )
@@ -299,7 +310,7 @@ def test_bad_batch_runs_again(config: Callable[..., TrainConfig], monkeypatch: p
     assert [entry["batch"]["numbers"] for entry in told["micro_batches"]] == [[4, 5], [6, 7]]
     assert all(name.endswith(".png") for entry in told["micro_batches"] for name in entry["batch"]["names"])
     assert [len(entry["timesteps"]) for entry in told["micro_batches"]] == [2, 2]
-    again = [original(*seen[-1][:3], *pair) for pair in load_bad_batch(folder)]
+    again = [original(*seen[-1][:3], *pair) for pair in load_bad_batch(str(folder))]
     assert all(torch.equal(mine, theirs) for mine, (*_, theirs) in zip(again, seen[2:], strict=True))
 
 

@@ -56,6 +56,17 @@ def test_tensorboard_gets_means_since_the_last_point(tmp_path: Path) -> None:
     assert events.Scalars("memory_gib")[0].value == 3.0
 
 
+def test_short_runs_have_a_point(tmp_path: Path) -> None:
+    """The last steps make a point even if they are fewer than `log_every`; the bar shows a loss from the first step on."""
+    log, bar = MetricsLog(tmp_path / "metrics.jsonl", 0, TrainConfig(tracker="tensorboard", log_every=10, steps=3)), Bar()
+    for step, value in enumerate((1.0, 3.0, 8.0), 1):
+        log.step(step, record(value, value, value), bar)
+        assert bar.values["loss"] == f"{(1.0, 2.0, 4.0)[step - 1]:.4f}"
+    log.summary(3, tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 4.0)]
+
+
 class Wandb(ModuleType):
     """Stands for wandb: keeps what it is told."""
 
