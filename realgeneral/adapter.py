@@ -168,17 +168,17 @@ def add_lora(
     mark_trainable(transformer)
 
 
-def target_layers(transformer: nn.Module, target: str) -> list[str]:
-    """The linear layers that a LoRA target names, as PEFT matches it."""
-    linears = (name for name, module in transformer.named_modules() if isinstance(module, nn.Linear))
-    return [name for name in linears if name == target or name.endswith(f".{target}")]
+def target_layers(transformer: nn.Module, target: str) -> dict[str, nn.Module]:
+    """The modules that a LoRA target names, by name, as PEFT matches it."""
+    modules = transformer.named_modules()
+    return {name: module for name, module in modules if name == target or name.endswith(f".{target}")}
 
 
 def check_targets(transformer: nn.Module, targets: Sequence[str]) -> None:
-    """UsageError unless each LoRA target names a linear layer; no weights are read."""
+    """UsageError unless each LoRA target names linear layers and nothing else; no weights are read."""
     for target in targets:
-        named = [module for name, module in transformer.named_modules() if name == target or name.endswith(f".{target}")]
-        if not named or not all(isinstance(module, nn.Linear) for module in named):
+        layers = target_layers(transformer, target).values()
+        if not layers or not all(isinstance(layer, nn.Linear) for layer in layers):
             raise UsageError(f"LoRA target must name linear layers of the base such as {list(LORA_TARGETS)}, got {target!r}")
 
 

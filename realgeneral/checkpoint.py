@@ -56,7 +56,7 @@ def start_or_resume(config: TrainConfig, output: Path, processes: int = 1, tell:
         tell: Print a line for each adjustable setting that changes.
 
     Raises:
-        UsageError: The folder holds a run and `resume` is off, or the settings differ from that run's.
+        UsageError: The folder holds a run and `resume` is off, or an adapter alone, or the settings differ from that run's.
         Failure: The output cannot be made a folder.
     """
     check_output(str(output))

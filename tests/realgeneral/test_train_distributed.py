@@ -42,17 +42,15 @@ ZERO2 = Path(__file__).parents[2] / "examples" / "deepspeed_zero2.json"
 
 
 @pytest.fixture
-def config(bases: dict[str, Path], data: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+def config(config: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]:
     """One sample per process and micro-step, gradients clipped by nothing."""
 
     def make(output: str = "run", **changes: Any) -> TrainConfig:
         settings: dict[str, Any] = {
-            "base": str(bases["5b"]), "data": str(data), "tasks": ["canny", "colouring"], "output": str(tmp_path / output),
-            "height": 16, "width": 32, "rank": 2, "alpha": 4.0, "steps": 4, "batch_size": 1, "warmup_steps": 2, "save_every": 2,
-            "keep_checkpoints": 9, "sample_count": 0, "learning_rate": 1e-2, "max_grad_norm": 1e9, "ema_decay": 0.5,
+            "steps": 4, "batch_size": 1, "max_grad_norm": 1e9, "ema_decay": 0.5,
             "deepspeed_config": str(ZERO2) if changes.get("engine") == "deepspeed" else "",
         }  # fmt: skip
-        return TrainConfig(**{**settings, **changes})
+        return config(output, **{**settings, **changes})
 
     return make
 
