@@ -110,6 +110,15 @@ class RealGeneralPipeline(CogVideoXPipeline):
             pipe.load_adapter(adapter)
         return pipe
 
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers; pipelines saved before version 0.2 name a module that is gone."""
+        config = super().load_config(*args, **kwargs)
+        parts = config[0] if isinstance(config, tuple) else config
+        if parts.get("transformer", [None])[0] == "realgeneral.transformer":
+            parts["transformer"] = ["realgeneral", parts["transformer"][1]]
+        return config
+
     def load_adapter(self, adapter: str | os.PathLike[str], *, preset: str | None = None) -> AdapterInfo:
         """Load an adapter folder (or "nano") into the transformer; see `realgeneral.adapter.load_adapter`."""
         self.adapter = load_adapter(self.transformer, resolve_adapter(adapter), preset=preset)

@@ -14,9 +14,6 @@ from typing import Any
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
-
-# a saved pipeline names this module, and diffusers asks it for this base class to learn how to load the transformer
-from diffusers.models import ModelMixin  # noqa: F401
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -55,6 +52,8 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
         RealGeneral (arXiv 2503.10406), figure "Unified Stream DiT Block"; diffusers `CogVideoXTransformer3DModel`.
     """
 
+    # what a saved pipeline names, wherever this file is
+    __module__ = "realgeneral"
     # hooks on single layers never run: the ops read the norms' weights directly
     _supports_group_offloading = False
     # a sharded model puts in its place what gathers a block's weights around it

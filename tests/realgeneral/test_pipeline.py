@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -399,6 +400,17 @@ def test_save_and_load_the_pipeline(base: Path, open_pipeline: OpenPipeline, tmp
     assert isinstance(loaded, RealGeneralPipeline)
     assert tuple(loaded.transformer.config.tasks) == TASKS
     assert_same(call(loaded, "a red pot", make_photo(), generator=seeded(0)), wanted)
+
+
+def test_saved_pipelines_name_the_package(pipe: RealGeneralPipeline, open_pipeline: OpenPipeline, tmp_path: Path) -> None:
+    """No file's place in the package is written, and pipelines of version 0.1, which name one that is gone, still load."""
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["transformer"] == ["realgeneral", "RealGeneralTransformer3DModel"]
+    before = json.loads((Path(__file__).parent / "saved" / "model_index-0.1.json").read_text())
+    assert before["transformer"][0] == "realgeneral.transformer"
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"transformer": before["transformer"]}))
+    assert isinstance(open_pipeline(tmp_path).transformer, RealGeneralTransformer3DModel)
 
 
 def test_other_components_can_be_given(bases: dict[str, Path], photo: Image.Image) -> None:
