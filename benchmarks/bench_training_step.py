@@ -24,6 +24,7 @@ from benchmarks.shapes import MODELS, Shape
 from realgeneral.adapter import add_lora
 from realgeneral.diffusion import noised, v_loss, v_target
 from realgeneral.layout import get_preset, joint_layout
+from realgeneral.settings.train import LORA_TARGETS
 
 RANK = 64  # the trainer's default
 PRESET = "cached"
@@ -76,7 +77,7 @@ def test_training_step(
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     model = build_model(shape, device, dtype, pytestconfig.getoption("--layers"), PRESET)
-    add_lora(model, RANK)
+    add_lora(model, RANK, None, LORA_TARGETS)
     model.train()
     if cuda:
         model.enable_gradient_checkpointing()

@@ -13,11 +13,11 @@ from diffusers.utils import logging
 from transformers import T5Config, T5EncoderModel
 
 from realgeneral.adapter import add_lora
-from realgeneral.config import TrainConfig
 from realgeneral.loading import run_tasks
 from realgeneral.memory import GIB, StepShape, memory_budget
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.recompute import checkpointing
+from realgeneral.settings.train import TrainConfig
 from realgeneral.tasks import get_task
 from realgeneral.transformer import RealGeneralTransformer3DModel
 from realgeneral.vae import fold_single_frame
@@ -70,7 +70,7 @@ def empty_pipeline(base: str, config: TrainConfig) -> RealGeneralPipeline:
         for module in (encoder, vae, transformer):
             module.to(torch.bfloat16).requires_grad_(False)
         fold_single_frame(vae)
-        add_lora(transformer, config.rank)
+        add_lora(transformer, config.rank, None, config.lora_targets)
     if config.gradient_checkpointing != "none":
         transformer.enable_gradient_checkpointing(checkpointing(config.gradient_checkpointing))
     return pipe

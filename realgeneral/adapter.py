@@ -32,7 +32,6 @@ from realgeneral.shards import whole
 from realgeneral.tasks import get_task
 from realgeneral.transformer import RealGeneralTransformer3DModel
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 # rounding to bfloat16 moves a mean magnitude by 1e-5, fine-tuning by less than this; another training by percents
 SIGNATURE_TOLERANCE = 5e-3
 GEOMETRY_KEYS = (
@@ -150,9 +149,7 @@ def library_versions() -> dict[str, str]:
     return {"rgkernels": rgkernels.__version__, "diffusers": diffusers.__version__, "torch": torch.__version__}
 
 
-def add_lora(
-    transformer: RealGeneralTransformer3DModel, rank: int, alpha: float | None = None, targets: Sequence[str] = LORA_TARGETS
-) -> None:
+def add_lora(transformer: RealGeneralTransformer3DModel, rank: int, alpha: float | None, targets: Sequence[str]) -> None:
     """Add a fresh LoRA (B = 0, so nothing changes yet) and leave only it and the condition branch trainable.
 
     Args:
@@ -179,7 +176,7 @@ def check_targets(transformer: nn.Module, targets: Sequence[str]) -> None:
     for target in targets:
         layers = target_layers(transformer, target).values()
         if not layers or not all(isinstance(layer, nn.Linear) for layer in layers):
-            raise UsageError(f"LoRA target must name linear layers of the base such as {list(LORA_TARGETS)}, got {target!r}")
+            raise UsageError(f"LoRA target must name linear layers of the base, got {target!r}")
 
 
 def mark_trainable(transformer: RealGeneralTransformer3DModel) -> list[nn.Parameter]:

@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 
 from realgeneral.bases import load_for_data
 from realgeneral.buckets import Bucketed, OneSize, Shape, Size
-from realgeneral.config import CheckDataConfig
 from realgeneral.data import PairDataset, TextCheck
 from realgeneral.errors import Failure
 from realgeneral.loading import describe, run_buckets, run_size, run_tasks
 from realgeneral.records import Record, Source
+from realgeneral.settings.data import CheckDataConfig
 from realgeneral.sources import open_source
 from realgeneral.workers import from_workers
 

@@ -29,11 +29,11 @@ from realgeneral.adapter import (
     write_adapter,
 )
 from realgeneral.adapter_files import CONDITION_FILE, LORA_FILE, read_tensors
-from realgeneral.config import TrainConfig, adjusted, check_resumable
 from realgeneral.data import PairDataset
 from realgeneral.errors import Failure, UsageError
 from realgeneral.mixture import Mixture
 from realgeneral.preflight import check_output
+from realgeneral.settings.train import TrainConfig, adjusted, check_resumable
 from realgeneral.shards import shard_like, whole
 
 STATE_FILE = "training_state.pt"

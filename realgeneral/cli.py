@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 from realgeneral.errors import Failure, UsageError
+from realgeneral.settings.options import parse
 
-USAGE = """usage: realgeneral COMMAND [options]
 
-  demo        generate with the small shipped model and train it for a minute, on a CPU
-  check-data  report what is in a data set, and its bad rows
-  precompute  encode the pictures and prompts of a data set once
-  train       train an adapter (LoRA + condition branch) on a frozen CogVideoX
-  generate    one image from a prompt and a condition picture
-  evaluate    scores of an adapter: nano's held-out table, or the paper's protocols on a folder
+class Command(NamedTuple):
+    """A command: what it does in a line, where its settings are, and what runs it."""
 
-realgeneral COMMAND --help lists the options of a command."""
+    summary: str
+    settings: str
+    run: Callable[[Any], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
+        print(usage())
         return 0 if arguments else 2
     command, *rest = arguments
+    if command == "--version":
+        from realgeneral import __version__
+
+        print(f"realgeneral {__version__}")
+        return 0
     if command not in COMMANDS:
         print(f"realgeneral: command must be one of {list(COMMANDS)}, got {command!r}", file=sys.stderr)
         return 2
     try:
-        COMMANDS[command](rest)
+        _, settings, run = COMMANDS[command]
+        module, _, name = settings.partition(":")
+        # options first: the models' libraries take seconds to import
+        run(parse(getattr(importlib.import_module(module), name), f"realgeneral {command}", rest))
         return 0
     except KeyboardInterrupt:
         print(f"realgeneral {command}: interrupted", file=sys.stderr)
@@ -46,44 +53,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
 
 
-def _parse(command: str, config: Any, arguments: list[str]) -> Any:
-    from transformers import HfArgumentParser
+def usage() -> str:
+    """What `realgeneral --help` prints."""
+    width = max(map(len, COMMANDS)) + 2
+    commands = "\n".join(f"  {name:<{width}}{command.summary}" for name, command in COMMANDS.items())
+    return f"""usage: realgeneral COMMAND [options]
 
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UsageError(f"{message} (realgeneral {command} --help lists the options)")
+{commands}
 
-    parser = Parser(config, prog=f"realgeneral {command}", description=config.__doc__, allow_abbrev=False)
-    given = [argument.partition("=")[0] for argument in arguments]
-    for action in parser._actions:
-        times = sum(name in action.option_strings for name in given)
-        if action.nargs == "+" and times > 1:
-            parser.error(f"{action.option_strings[0]} must be given once, with all its values after it, got {times} times")
-    *parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True, look_for_args_file=False)
-    if unknown:
-        parser.error(f"options must be known, got {' '.join(unknown)}")
-    return parsed[0]
+realgeneral COMMAND --help lists the options of a command; realgeneral --version prints the version."""
 
 
-def _demo(arguments: list[str]) -> None:
-    from realgeneral.config import DemoConfig
+def _demo(config: Any) -> None:
     from realgeneral.demo import demo
 
-    demo(_parse("demo", DemoConfig, arguments))
+    demo(config)
 
 
-def _check_data(arguments: list[str]) -> None:
+def _check_data(config: Any) -> None:
     from realgeneral.check_data import check_data
-    from realgeneral.config import CheckDataConfig
 
-    check_data(_parse("check-data", CheckDataConfig, arguments))
+    check_data(config)
 
 
-def _precompute(arguments: list[str]) -> None:
-    from realgeneral.config import PrecomputeConfig
+def _precompute(config: Any) -> None:
     from realgeneral.precompute import precompute
 
-    config = _parse("precompute", PrecomputeConfig, arguments)
     result = precompute(config)
     print(
         f"{result['encoded']} entries encoded, {result['kept']} there already, "
@@ -91,38 +86,43 @@ def _precompute(arguments: list[str]) -> None:
     )
 
 
-def _train(arguments: list[str]) -> None:
-    from realgeneral.config import TrainConfig
+def _train(config: Any) -> None:
     from realgeneral.train import train
 
-    result = train(_parse("train", TrainConfig, arguments))
+    result = train(config)
     skipped = "1 row" if result["skipped"] == 1 else f"{result['skipped']} rows"
     print(f"loss {result['loss']:.4f} after {result['steps']} steps, {skipped} skipped; adapter in {result['adapter']}")
 
 
-def _generate(arguments: list[str]) -> None:
-    from realgeneral.config import GenerateConfig
+def _generate(config: Any) -> None:
     from realgeneral.generate import generate
 
-    for path in generate(_parse("generate", GenerateConfig, arguments)):
+    for path in generate(config):
         print(path)
 
 
-def _evaluate(arguments: list[str]) -> None:
-    from realgeneral.config import EvaluateConfig
+def _evaluate(config: Any) -> None:
     from realgeneral.evaluate import evaluate
 
-    evaluate(_parse("evaluate", EvaluateConfig, arguments))
+    evaluate(config)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "demo": _demo,
-    "check-data": _check_data,
-    "precompute": _precompute,
-    "train": _train,
-    "generate": _generate,
-    "evaluate": _evaluate,
+SETTINGS = "realgeneral.settings"
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        "generate with the small shipped model and train it for a minute, on a CPU", f"{SETTINGS}.sampling:DemoConfig", _demo
+    ),
+    "check-data": Command("report what is in a data set, and its bad rows", f"{SETTINGS}.data:CheckDataConfig", _check_data),
+    "precompute": Command(
+        "encode the pictures and prompts of a data set once", f"{SETTINGS}.data:PrecomputeConfig", _precompute
+    ),
+    "train": Command(
+        "train an adapter (LoRA + condition branch) on a frozen CogVideoX", f"{SETTINGS}.train:TrainConfig", _train
+    ),
+    "generate": Command("one image from a prompt and a condition picture", f"{SETTINGS}.sampling:GenerateConfig", _generate),
+    "evaluate": Command(
+        "scores of an adapter: nano's held-out table, or the paper's protocols on a folder",
+        f"{SETTINGS}.evaluate:EvaluateConfig",
+        _evaluate,
+    ),
 }
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from realgeneral.adapter import read_adapter_info
 from realgeneral.arguments import check_steps
-from realgeneral.config import DemoConfig, TrainConfig
 from realgeneral.evaluate import FACE_CHANGE, NanoPairs, generate_all, interval, measures, table_pairs, task_pairs
 from realgeneral.kernels import check_kernels, use_kernels
 from realgeneral.metrics import psnr, ssim
@@ -27,6 +26,8 @@ from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
 from realgeneral.preflight import check_output, open_base
 from realgeneral.protocols.report import write_json
 from realgeneral.samples import to_picture
+from realgeneral.settings.sampling import DemoConfig
+from realgeneral.settings.train import TrainConfig
 from realgeneral.tasks import get_task
 from realgeneral.train import train
 from realgeneral.vae import fold_single_frame

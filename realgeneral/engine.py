@@ -24,8 +24,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from realgeneral.config import TrainConfig
 from realgeneral.errors import Failure, UsageError
+from realgeneral.settings.train import TrainConfig
 from realgeneral.transformer import RealGeneralTransformer3DModel
 from realgeneral.zero import ZeroOptimizer, zero_settings
 from rgkernels.cogvideox import block_forward

@@ -17,7 +17,6 @@ from realgeneral.adapter import AdapterInfo, check_fits, library_versions, read_
 from realgeneral.arguments import check_steps
 from realgeneral.bases import load_pipeline
 from realgeneral.buckets import Size
-from realgeneral.config import EvaluateConfig, sampling
 from realgeneral.data import PairDataset, Sample
 from realgeneral.errors import UsageError
 from realgeneral.metrics import edge_f1, feature_hits, image_features, psnr, ssim
@@ -29,6 +28,8 @@ from realgeneral.preflight import check_output, open_base
 from realgeneral.protocols.report import write_json, write_text
 from realgeneral.records import Source
 from realgeneral.samples import to_picture
+from realgeneral.settings.evaluate import EvaluateConfig
+from realgeneral.settings.sampling import sampling
 from realgeneral.tasks import get_task
 
 METHODS = ("adapter", "copy condition", "base")

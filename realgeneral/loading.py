@@ -9,13 +9,14 @@ import torch
 
 from realgeneral.bases import fingerprints
 from realgeneral.buckets import Bucketed, OneSize, Order, Size, bucket_sizes, read_shapes
-from realgeneral.config import DataSettings, TrainConfig
 from realgeneral.data import PairDataset, TextCheck
 from realgeneral.errors import UsageError
 from realgeneral.mixture import read_entries
 from realgeneral.objective import StoredTexts, TextCache, Texts
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.records import Source
+from realgeneral.settings.data import DataSettings
+from realgeneral.settings.train import TrainConfig
 from realgeneral.sources import BUILT_IN
 from realgeneral.store import Store
 from realgeneral.tasks import DEFAULT_TASKS, get_task

@@ -10,12 +10,12 @@ from torch import nn
 from realgeneral.adapter import AdapterInfo, adapter_info, add_lora, load_adapter, mark_trainable, read_adapter_info, trained_on
 from realgeneral.bases import load_pipeline
 from realgeneral.checkpoint import load_weights
-from realgeneral.config import TrainConfig
 from realgeneral.errors import UsageError
 from realgeneral.kernels import use_kernels
 from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
 from realgeneral.preflight import tasks_to_train
 from realgeneral.recompute import checkpointing
+from realgeneral.settings.train import TrainConfig
 from realgeneral.tasks import get_task
 from realgeneral.transformer import RealGeneralTransformer3DModel
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from realgeneral.config import TrainConfig
 from realgeneral.errors import UsageError
+from realgeneral.settings.train import TrainConfig
 
 
 def check_optimizer(config: TrainConfig, device: torch.device) -> None:

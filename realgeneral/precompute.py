@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from realgeneral.bases import fingerprints, load_encoders, load_for_data
-from realgeneral.config import PrecomputeConfig
 from realgeneral.data import Fitted, PairDataset, Part, TextCheck, variant_seed
 from realgeneral.errors import Failure, UsageError
 from realgeneral.loading import encoder_dtype, run_order, run_size, run_tasks
 from realgeneral.objective import TextCache
 from realgeneral.pictures import to_pixels
+from realgeneral.settings.data import PrecomputeConfig
 from realgeneral.sources import open_source
 from realgeneral.store import Store, StoreSettings, StoreWriter
 from realgeneral.vae import encode_images

@@ -12,7 +12,6 @@ from diffusers import CogVideoXDDIMScheduler
 from realgeneral.adapter import check_fits, check_targets, read_adapter_info
 from realgeneral.arguments import check_steps
 from realgeneral.bases import base_folder, load_for_data, reading
-from realgeneral.config import TrainConfig
 from realgeneral.data import check_tasks
 from realgeneral.errors import Failure, UsageError
 from realgeneral.kernels import check_kernels
@@ -20,6 +19,7 @@ from realgeneral.loading import encoder_dtype, run_buckets, run_tasks
 from realgeneral.optimizers import check_optimizer
 from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
 from realgeneral.records import Source
+from realgeneral.settings.train import TrainConfig
 from realgeneral.store import check_settings, read_settings
 from realgeneral.tasks import get_task
 

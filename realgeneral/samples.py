@@ -7,12 +7,12 @@ from PIL import Image
 
 from realgeneral.adapter import AdapterInfo
 from realgeneral.bases import lent
-from realgeneral.config import TrainConfig
 from realgeneral.data import PairDataset, TextCheck
 from realgeneral.objective import Texts
 from realgeneral.pictures import picture_grid
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.records import Source
+from realgeneral.settings.train import TrainConfig
 from realgeneral.sources import BUILT_IN, built_in
 
 

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from realgeneral.config import TrainConfig
 from realgeneral.errors import UsageError
+from realgeneral.settings.train import TrainConfig
 
 TIMESTEP_BUCKETS = 10
 

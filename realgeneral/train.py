@@ -25,7 +25,6 @@ from realgeneral import checkpoint
 from realgeneral.adapter import AdapterInfo, adapter_tensors, write_adapter
 from realgeneral.bad_batch import MicroBatch, save_bad_batch
 from realgeneral.buckets import Shape
-from realgeneral.config import TrainConfig
 from realgeneral.data import PairDataset, RunSampler
 from realgeneral.engine import Engine, Stop
 from realgeneral.errors import Failure, UsageError
@@ -39,6 +38,7 @@ from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.preflight import check_training
 from realgeneral.records import Source
 from realgeneral.samples import sample_grid
+from realgeneral.settings.train import TrainConfig
 from realgeneral.sources import open_source
 from realgeneral.tracking import MetricsLog, StepRecord, check_tracker
 from realgeneral.workers import leave_signals, loaded

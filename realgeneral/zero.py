@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from realgeneral.config import TrainConfig
 from realgeneral.errors import UsageError
+from realgeneral.settings.train import TrainConfig
 
 # what a DeepSpeed file says under "zero_optimization": what the tests run
 KEYS = {"stage", "reduce_bucket_size", "allgather_bucket_size"}

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from realgeneral.adapter import library_versions
-from realgeneral.config import NANO_GUIDANCE, NANO_STEPS, EvaluateConfig, TrainConfig
 from realgeneral.errors import Failure, UsageError
 from realgeneral.evaluate import NanoPairs, generate_all, measures, nano_pairs
 from realgeneral.metrics import RESAMPLES, Score, bootstrap
@@ -32,6 +31,9 @@ from realgeneral.objective import Draws, TextCache, collate, training_loss
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.protocols.generation import weights_fingerprint
 from realgeneral.protocols.report import write_json, write_text
+from realgeneral.settings.evaluate import EvaluateConfig
+from realgeneral.settings.sampling import NANO_GUIDANCE, NANO_STEPS
+from realgeneral.settings.train import TrainConfig
 from realgeneral.tasks import get_task
 from realgeneral.train import train
 from realgeneral.vae import fold_single_frame

@@ -15,11 +15,12 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from tqdm.auto import tqdm
 
-from realgeneral.config import EvaluateConfig, sampling
 from realgeneral.errors import Failure
 from realgeneral.pictures import fit_picture, load_picture, save_picture
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.protocols.folders import Case
+from realgeneral.settings.evaluate import EvaluateConfig
+from realgeneral.settings.sampling import sampling
 from realgeneral.tasks import Task
 from rgkernels import __version__
 

@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 
 from realgeneral.adapter import library_versions, read_adapter_info
 from realgeneral.bases import load_pipeline
-from realgeneral.config import EvaluateConfig, sampling
 from realgeneral.embedding import cut_prompt
 from realgeneral.encoders import loading
 from realgeneral.errors import Failure, UsageError
@@ -23,6 +22,8 @@ from realgeneral.protocols.folders import Case, captioned_cases, chosen, readabl
 from realgeneral.protocols.generation import CaseGenerator, weights_fingerprint
 from realgeneral.protocols.report import grid, markdown, paper_record, write_json, write_text
 from realgeneral.protocols.scores import Scorer, SpatialScorer, SubjectEncoders, SubjectScorer, summary
+from realgeneral.settings.evaluate import EvaluateConfig
+from realgeneral.settings.sampling import sampling
 from realgeneral.tasks import Depth, Task, get_task
 
 GRID_ROWS = 12

@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from realgeneral.config import EvaluateConfig
 from realgeneral.encoders import ClipEncoder, ImageEncoder, to_uint8
 from realgeneral.errors import UsageError
 from realgeneral.metrics import Score, bootstrap, depth_mse, edge_f1, ssim
 from realgeneral.pictures import load_picture
 from realgeneral.protocols.folders import Case
+from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.tasks import Canny, Depth, Task
 
 Encode = Callable[[list[Image.Image]], Tensor]

@@ -16,7 +16,7 @@ from checkpoints import GEOMETRIES, save_checkpoint
 from PIL import Image
 
 from realgeneral import RealGeneralPipeline
-from realgeneral.config import TrainConfig
+from realgeneral.settings.train import TrainConfig
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from realgeneral import RealGeneralPipeline, RealGeneralTransformer3DModel
 from realgeneral.adapter import add_lora
+from realgeneral.settings.train import LORA_TARGETS
 
 TASKS = ("canny", "colouring")
 # sizes in latent pixels: the base's own, square, one token per side, larger than the base's
@@ -64,7 +65,7 @@ def fresh_model(folder: Path, preset: str, lora: bool = True) -> RealGeneralTran
     model = RealGeneralPipeline.from_pretrained(folder).transformer
     model.configure_condition(TASKS, preset)
     if lora:
-        add_lora(model, rank=3, alpha=6)
+        add_lora(model, 3, 6, LORA_TARGETS)
     return model.double()
 
 

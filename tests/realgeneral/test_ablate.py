@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from realgeneral import RealGeneralPipeline
 from realgeneral.adapter_files import CONDITION_FILE, LORA_FILE
-from realgeneral.config import TrainConfig
 from realgeneral.errors import UsageError
 from realgeneral.metrics import Score
 from realgeneral.nano import ablate
 from realgeneral.nano.ablate import Difference, Values, difference, main, markdown
+from realgeneral.settings.train import TrainConfig
 from realgeneral.train import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -52,7 +52,7 @@ def test_ablation_settings(bases: dict[str, Path]) -> None:
     """A trained part cannot be left out of an adapter to start from; an ablated run is not continued as another."""
     with pytest.raises(UsageError, match="ablation must be 'none' with init_adapter"):
         TrainConfig(init_adapter="nano", ablation="shared-adaln")
-    from realgeneral.config import check_resumable
+    from realgeneral.settings.train import check_resumable
 
     with pytest.raises(UsageError, match="ablation must be 'shared-adaln' as in the run to resume, got 'none'"):
         check_resumable({"ablation": "shared-adaln"}, TrainConfig())

@@ -31,6 +31,7 @@ from realgeneral.adapter import (
 )
 from realgeneral.adapter_files import CONDITION_FILE, LORA_FILE, PAIR_KEY
 from realgeneral.errors import Failure, UsageError
+from realgeneral.settings.train import LORA_TARGETS
 
 RANK, ALPHA = 3, 6.0
 SPECS = ("canny", "colouring")
@@ -151,7 +152,7 @@ def test_only_lora_and_condition_branch_train(base: Path) -> None:
 def test_rank_is_checked(bases: dict[str, Path], rank: int) -> None:
     """A rank below 1 is a usage error."""
     with pytest.raises(UsageError, match=f"rank must be at least 1, got {rank}"):
-        add_lora(fresh(bases["5b"]), rank)
+        add_lora(fresh(bases["5b"]), rank, None, LORA_TARGETS)
 
 
 def test_unknown_lora_target(bases: dict[str, Path]) -> None:
@@ -190,7 +191,7 @@ Damage = Callable[[Path, dict[str, Path], Path], None]
 def _other_rank(folder: Path, bases: dict[str, Path], tmp: Path) -> None:
     model = fresh(bases["5b"])
     model.configure_condition(SPECS, "cached")
-    add_lora(model, RANK + 2, ALPHA)
+    add_lora(model, RANK + 2, ALPHA, LORA_TARGETS)
     save_adapter(model, tmp / "other", adapter_info(model, SPECS, "x"))
     shutil.copy(tmp / "other" / LORA_FILE, folder / LORA_FILE)
 
@@ -198,7 +199,7 @@ def _other_rank(folder: Path, bases: dict[str, Path], tmp: Path) -> None:
 def _other_alpha(folder: Path, bases: dict[str, Path], tmp: Path) -> None:
     model = fresh(bases["5b"])
     model.configure_condition(SPECS, "cached")
-    add_lora(model, RANK, ALPHA * 2)
+    add_lora(model, RANK, ALPHA * 2, LORA_TARGETS)
     save_adapter(model, tmp / "other", adapter_info(model, SPECS, "x"))
     shutil.copy(tmp / "other" / LORA_FILE, folder / LORA_FILE)
 

@@ -13,8 +13,8 @@ from test_pictures import encoded
 
 from realgeneral.check_data import REASONS, check_data
 from realgeneral.cli import main
-from realgeneral.config import CheckDataConfig
 from realgeneral.errors import Failure
+from realgeneral.settings.data import CheckDataConfig
 
 
 def config(bases: dict[str, Path], data: str, **changes: Any) -> CheckDataConfig:

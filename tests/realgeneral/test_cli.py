@@ -15,10 +15,11 @@ from diffusers import CogVideoXPipeline
 from models import TASKS, trained_model
 from test_pictures import bomb
 
-from realgeneral import RealGeneralPipeline, cli
+from realgeneral import RealGeneralPipeline, __version__, cli
 from realgeneral.adapter import adapter_info, save_adapter
 from realgeneral.adapter_files import CONDITION_FILE
 from realgeneral.cli import main
+from realgeneral.settings.options import parse
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -101,6 +102,43 @@ def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert main(["--help"]) == 0
     assert capsys.readouterr().out.count("usage: realgeneral COMMAND") == 2
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """--version prints the package's."""
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"realgeneral {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([name, "--help"] for name in cli.COMMANDS), ["train", "--stepz", "3"], ["trian"]]
+)
+def test_help_and_typing_errors_import_no_models(arguments: list[str]) -> None:
+    """They answer at once: neither torch nor diffusers nor transformers is imported, which takes seconds."""
+    code = (
+        f"import sys; from realgeneral.cli import main\ntry: main({arguments})\nexcept SystemExit: pass\n"
+        "print([name for name in ('torch', 'diffusers', 'transformers', 'numpy', 'PIL') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_is_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    """Options stand under headings, in one spelling, and no empty default is printed."""
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = capsys.readouterr().out
+    for heading in ("data:", "method:", "optimization:", "memory and speed:", "several processes:", "progress:", "run:"):
+        assert f"\n{heading}\n" in out
+    assert "(default: )" not in out
+    assert "--batch-size" in out
+    assert "--batch_size" not in out
+
+
+def test_mistyped_options_name_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    """One hint; a value that looks like nothing gets none."""
+    assert "got --stepz 3; did you mean --steps? (realgeneral train" in fails(capsys, ["train", "--stepz", "3"], 2)
+    assert "got stray (realgeneral train" in fails(capsys, ["train", "stray"], 2)
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,10 +230,10 @@ def test_wrong_options(capsys: pytest.CaptureFixture[str], arguments: list[str],
 
 def test_both_spellings_of_options(work: dict[str, str]) -> None:
     """--batch-size and --batch_size are the same option."""
-    from realgeneral.config import TrainConfig
+    from realgeneral.settings.train import TrainConfig
 
     for spelling in ("--batch-size", "--batch_size"):
-        assert cli._parse("train", TrainConfig, [spelling, "3"]).batch_size == 3
+        assert parse(TrainConfig, "realgeneral train", [spelling, "3"]).batch_size == 3
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------------
@@ -357,15 +395,15 @@ def test_debug_shows_the_traceback(work: dict[str, str], capsys: pytest.CaptureF
 def test_unforeseen_errors_are_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """An error of a library, of several lines, is one line with its type, status 1; an interrupt is 130."""
 
-    def broken(arguments: list[str]) -> None:
+    def broken(config: Any) -> None:
         raise RuntimeError("first line\n  second line")
 
-    def interrupted(arguments: list[str]) -> None:
+    def interrupted(config: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, "demo", broken)
+    monkeypatch.setitem(cli.COMMANDS, "demo", cli.COMMANDS["demo"]._replace(run=broken))
     assert fails(capsys, ["demo"], 1) == "realgeneral demo: RuntimeError: first line second line"
-    monkeypatch.setitem(cli.COMMANDS, "demo", interrupted)
+    monkeypatch.setitem(cli.COMMANDS, "demo", cli.COMMANDS["demo"]._replace(run=interrupted))
     assert fails(capsys, ["demo"], 130) == "realgeneral demo: interrupted"
 
 

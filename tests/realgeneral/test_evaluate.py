@@ -16,10 +16,11 @@ from models import trained_model
 from realgeneral import RealGeneralPipeline
 from realgeneral import pipeline as pipeline_module
 from realgeneral.adapter import adapter_info, save_adapter
-from realgeneral.config import DemoConfig, EvaluateConfig
 from realgeneral.demo import demo
 from realgeneral.errors import UsageError
 from realgeneral.evaluate import evaluate, generate_all, interval, markdown, nano_pairs, scores
+from realgeneral.settings.evaluate import EvaluateConfig
+from realgeneral.settings.sampling import DemoConfig
 from realgeneral.tasks import get_task
 
 SPECS = ("canny", "colouring")

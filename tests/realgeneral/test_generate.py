@@ -15,9 +15,10 @@ from PIL import Image
 
 from realgeneral import RealGeneralPipeline
 from realgeneral.adapter import adapter_info, save_adapter
-from realgeneral.config import DemoConfig, EvaluateConfig, GenerateConfig, sampling
 from realgeneral.generate import derive_condition, generate
 from realgeneral.pictures import fit_picture, load_picture
+from realgeneral.settings.evaluate import EvaluateConfig
+from realgeneral.settings.sampling import DemoConfig, GenerateConfig, sampling
 from realgeneral.tasks import get_task
 
 SPECS = ("canny:low=20,high=60", "inpainting")

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from test_train_distributed import NEEDS_DEEPSPEED, ZERO2, compile_for_deepspeed
 from test_train_distributed import config as config
 
-from realgeneral.config import TrainConfig
 from realgeneral.errors import UsageError
+from realgeneral.settings.train import TrainConfig
 from realgeneral.train import train
 from realgeneral.zero import zero_settings
 

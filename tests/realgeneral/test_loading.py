@@ -17,9 +17,9 @@ from test_pictures import encoded
 
 from realgeneral import train as train_module
 from realgeneral.bases import load_for_data
-from realgeneral.config import TrainConfig
 from realgeneral.errors import Failure, UsageError
 from realgeneral.loading import run_buckets
+from realgeneral.settings.train import TrainConfig
 from realgeneral.train import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

@@ -13,12 +13,13 @@ from test_data import good_rows, picture, write_folder, write_parquet
 from realgeneral import buckets
 from realgeneral.buckets import epoch_order
 from realgeneral.check_data import check_data
-from realgeneral.config import CheckDataConfig, PrecomputeConfig, TrainConfig
 from realgeneral.data import PairDataset
 from realgeneral.errors import Failure, UsageError
 from realgeneral.loading import run_tasks
 from realgeneral.precompute import precompute
 from realgeneral.records import Block
+from realgeneral.settings.data import CheckDataConfig, PrecomputeConfig
+from realgeneral.settings.train import TrainConfig
 from realgeneral.sources import open_source
 from realgeneral.train import train
 

@@ -14,7 +14,6 @@ from PIL import Image, ImageColor
 
 from realgeneral import RealGeneralPipeline
 from realgeneral.adapter import read_adapter_info
-from realgeneral.config import DemoConfig, EvaluateConfig
 from realgeneral.data import PairDataset
 from realgeneral.demo import demo
 from realgeneral.evaluate import avatar_pairs, evaluate, generate_all, interval, markdown, measures, nano_pairs
@@ -25,6 +24,8 @@ from realgeneral.nano.pairs import NANO_TASKS, TARGET_STYLES, NanoSource
 from realgeneral.nano.train_vae import decoder_terms, latent_noise
 from realgeneral.pictures import to_pixels
 from realgeneral.pipeline import NANO_ASSETS
+from realgeneral.settings.evaluate import EvaluateConfig
+from realgeneral.settings.sampling import DemoConfig
 from realgeneral.tasks import get_task
 from realgeneral.vae import decode_latents, encode_images, fold_single_frame
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from realgeneral.config import TrainConfig
 from realgeneral.errors import UsageError
 from realgeneral.optimizers import make_optimizer
+from realgeneral.settings.train import TrainConfig
 
 PARAMETERS = [nn.Parameter(torch.zeros(3))]
 

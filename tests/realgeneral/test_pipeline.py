@@ -15,7 +15,7 @@ from conftest import make_photo
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
 from PIL import Image
 
-from realgeneral import RealGeneralPipeline
+from realgeneral import RealGeneralPipeline, RealGeneralTransformer3DModel
 from realgeneral.errors import UsageError
 from realgeneral.vae import decode_latents
 

@@ -18,6 +18,7 @@ from test_pipeline import PROMPTS, alive, assert_same, call, seeded
 from realgeneral import RealGeneralPipeline
 from realgeneral.adapter import add_lora
 from realgeneral.errors import UsageError
+from realgeneral.settings.train import LORA_TARGETS
 
 OpenPipeline = Callable[..., RealGeneralPipeline]
 TWO_OF_TWO: dict[str, Any] = {"num_images_per_prompt": 2, "guidance_scale": 3.0, "output_type": "latent"}
@@ -150,7 +151,7 @@ def test_pictures_of_any_mode(pipe: RealGeneralPipeline) -> None:
 
 def test_fused_projections_with_a_lora_are_refused(pipe: RealGeneralPipeline) -> None:
     """They would leave the LoRA out."""
-    add_lora(pipe.transformer, 2)
+    add_lora(pipe.transformer, 2, None, LORA_TARGETS)
     with pytest.raises(ValueError, match="transformer must have no LoRA for fused projections"):
         pipe.fuse_qkv_projections()
 

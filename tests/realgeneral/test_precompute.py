@@ -23,9 +23,10 @@ from test_pictures import encoded
 from transformers import T5EncoderModel
 
 from realgeneral import precompute as precompute_module
-from realgeneral.config import PrecomputeConfig, TrainConfig
 from realgeneral.errors import Failure, UsageError
 from realgeneral.precompute import parse_shard, precompute
+from realgeneral.settings.data import PrecomputeConfig
+from realgeneral.settings.train import TrainConfig
 from realgeneral.store import Store, StoreFailure
 from realgeneral.train import train
 

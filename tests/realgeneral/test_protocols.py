@@ -17,7 +17,6 @@ from PIL import Image
 from realgeneral import RealGeneralPipeline
 from realgeneral.adapter import adapter_info, add_lora, save_adapter
 from realgeneral.cli import main
-from realgeneral.config import EvaluateConfig
 from realgeneral.encoders import ClipEncoder, ImageEncoder
 from realgeneral.errors import Failure, UsageError
 from realgeneral.evaluate import evaluate
@@ -28,6 +27,8 @@ from realgeneral.protocols import generation
 from realgeneral.protocols.folders import Case
 from realgeneral.protocols.generation import read_settings, weights_fingerprint
 from realgeneral.protocols.scores import SpatialScorer, SubjectEncoders, SubjectScorer, summary
+from realgeneral.settings.evaluate import EvaluateConfig
+from realgeneral.settings.train import LORA_TARGETS
 from realgeneral.tasks import get_task
 
 CPU = torch.device("cpu")
@@ -56,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_depth(folder / "depth")
     model = RealGeneralPipeline.from_pretrained("nano").transformer
     model.configure_condition(["depth"], "paper")
-    add_lora(model, 4)
+    add_lora(model, 4, None, LORA_TARGETS)
     save_adapter(model, folder / "depth-adapter", adapter_info(model, ["depth"], "nano"))
     return folder
 

@@ -11,9 +11,9 @@ import torch
 from models import make_inputs, run, trained_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from realgeneral.cli import _parse
-from realgeneral.config import TrainConfig
 from realgeneral.recompute import ATTENTION_OPS, checkpointing
+from realgeneral.settings.options import parse
+from realgeneral.settings.train import TrainConfig
 
 
 class Count(TorchDispatchMode):
@@ -61,7 +61,7 @@ def test_command_line() -> None:
     """The flag alone still means full recomputation; True and False are what they were."""
 
     def parsed(*arguments: str) -> str:
-        return str(_parse("train", TrainConfig, list(arguments)).gradient_checkpointing)
+        return str(parse(TrainConfig, "realgeneral train", list(arguments)).gradient_checkpointing)
 
     assert parsed() == "none"
     assert parsed("--gradient-checkpointing", "--steps", "3") == "full"

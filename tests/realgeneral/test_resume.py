@@ -24,8 +24,8 @@ from realgeneral import checkpoint
 from realgeneral import train as train_module
 from realgeneral.adapter_files import CONDITION_FILE, LORA_FILE
 from realgeneral.bad_batch import load_bad_batch
-from realgeneral.config import TrainConfig
 from realgeneral.errors import Failure, UsageError
+from realgeneral.settings.train import TrainConfig
 from realgeneral.train import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

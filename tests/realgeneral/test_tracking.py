@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from realgeneral.config import TrainConfig
 from realgeneral.errors import UsageError
+from realgeneral.settings.train import TrainConfig
 from realgeneral.tracking import MetricsLog, StepRecord, check_tracker, timestep_bucket
 
 

@@ -22,12 +22,12 @@ from runs import assert_same_weights, command, environment, losses, rows, weight
 
 from realgeneral import RealGeneralPipeline, samples
 from realgeneral import train as train_module
-from realgeneral.adapter import LORA_TARGETS, read_adapter_info
-from realgeneral.config import TrainConfig
+from realgeneral.adapter import read_adapter_info
 from realgeneral.diffusion import v_loss
 from realgeneral.errors import Failure, UsageError
 from realgeneral.loading import run_tasks
 from realgeneral.optimizers import learning_rate_factor
+from realgeneral.settings.train import LORA_TARGETS, TrainConfig
 from realgeneral.train import train
 
 # rounding of some thousand float32 operations

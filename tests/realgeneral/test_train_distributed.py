@@ -30,8 +30,8 @@ from runs import assert_same_weights, losses, rows, weights
 from realgeneral import checkpoint, tracking
 from realgeneral import train as train_module
 from realgeneral.bad_batch import load_bad_batch
-from realgeneral.config import TrainConfig
 from realgeneral.engine import Engine
+from realgeneral.settings.train import TrainConfig
 from realgeneral.train import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
