@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import nn
 import rgkernels
 from realgeneral.adapter_files import CONDITION_FILE, LORA_FILE, check_pair, existing, read_metadata, read_tensors, write_files
 from realgeneral.errors import Failure, UsageError
+from realgeneral.files import replacing
 from realgeneral.layout import PRESETS
 from realgeneral.shards import whole
 from realgeneral.tasks import get_task
@@ -248,18 +248,12 @@ def save_adapter(
 def write_adapter(tensors: AdapterTensors, folder: str | os.PathLike[str], info: AdapterInfo) -> None:
     """Write what `adapter_tensors` returned, as `save_adapter` does; one process is enough."""
     folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        write_files(partial, tensors.lora, tensors.lora_config, tensors.branch, info.to_metadata())
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (LORA_FILE, CONDITION_FILE):
-            os.replace(partial / name, folder / name)
+        # both are complete before one takes its place
+        with replacing(folder / LORA_FILE) as lora, replacing(folder / CONDITION_FILE) as branch:
+            write_files(lora, branch, tensors.lora, tensors.lora_config, tensors.branch, info.to_metadata())
     except (OSError, SafetensorError) as error:
         raise Failure(f"adapter could not be written to {folder}: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:

@@ -23,11 +23,14 @@ PAIR_KEY = "realgeneral_lora"
 Tensors = dict[str, torch.Tensor]
 
 
-def write_files(folder: Path, lora: Tensors, lora_config: dict[str, Any], branch: Tensors, metadata: dict[str, str]) -> None:
-    """Write both files into a folder; the LoRA as diffusers' `save_lora_weights` does.
+def write_files(
+    lora_path: Path, branch_path: Path, lora: Tensors, lora_config: dict[str, Any], branch: Tensors, metadata: dict[str, str]
+) -> None:
+    """Write both files; the LoRA as diffusers' `save_lora_weights` does.
 
     Args:
-        folder: Exists.
+        lora_path: File of the LoRA.
+        branch_path: File of the condition branch.
         lora: CPU tensors, names as in PEFT.
         lora_config: PEFT's settings.
         branch: The condition branch, CPU tensors.
@@ -36,8 +39,8 @@ def write_files(folder: Path, lora: Tensors, lora_config: dict[str, Any], branch
     pair = {PAIR_KEY: _digest(lora)}
     config = json.dumps({f"transformer.{name}": value for name, value in lora_config.items()}, sort_keys=True)
     named = {f"transformer.{name}": tensor for name, tensor in lora.items()}
-    _write(named, folder / LORA_FILE, {"format": "pt", LORA_ADAPTER_METADATA_KEY: config, **pair})
-    _write(branch, folder / CONDITION_FILE, {**metadata, **pair})
+    _write(named, lora_path, {"format": "pt", LORA_ADAPTER_METADATA_KEY: config, **pair})
+    _write(branch, branch_path, {**metadata, **pair})
 
 
 def _write(tensors: Tensors, path: Path, metadata: dict[str, str]) -> None:

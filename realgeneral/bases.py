@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
 
 from realgeneral.errors import Failure, UsageError
+from realgeneral.files import folder_fingerprint
 from realgeneral.pipeline import RealGeneralPipeline, resolve_base
 from realgeneral.transformer import RealGeneralTransformer3DModel
 from realgeneral.vae import fold_single_frame
@@ -40,20 +41,6 @@ def fingerprints(base: str) -> tuple[str, str]:
         hashlib.sha256("".join(folder_fingerprint(folder / part) for part in parts).encode()).hexdigest()[:32]
         for parts in (VAE_PARTS, TEXT_PARTS)
     )
-
-
-def folder_fingerprint(folder: Path) -> str:
-    """Hash of the names and contents of a folder's files."""
-    digest = hashlib.sha256()
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    if not files:
-        raise Failure(f"{folder} must hold the files of a model, found none")
-    for path in files:
-        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(2**24):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

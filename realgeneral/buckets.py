@@ -6,7 +6,6 @@ and each full list is a batch; a list that is left over is filled up with rows o
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import os
@@ -20,6 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from realgeneral.errors import Failure, UsageError
+from realgeneral.files import replacing
 from realgeneral.layout import NEWER_SIDES
 from realgeneral.records import Block, Source
 from realgeneral.tables import WINDOW_BYTES
@@ -131,16 +131,11 @@ def _load(path: Path) -> np.ndarray | None:
 
 
 def _save(path: Path, table: np.ndarray) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with replacing(path, shared=True) as partial, partial.open("wb") as file:
             np.save(file, table)
-        os.replace(partial, path)
     except OSError as error:
         print(f"picture sizes are not kept, next time they are read again: {error}")
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def epoch_order(blocks: Sequence[Block], seed: int, epoch: int) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from realgeneral.bases import load_for_data
 from realgeneral.buckets import Bucketed, OneSize, Shape, Size
 from realgeneral.data import PairDataset, TextCheck
 from realgeneral.errors import Failure
+from realgeneral.files import write_text
 from realgeneral.loading import describe, run_buckets, run_size, run_tasks
 from realgeneral.records import Record, Source
 from realgeneral.settings.data import CheckDataConfig
@@ -213,10 +213,7 @@ def _some(lines: list[str]) -> list[str]:
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(report, indent=1), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, json.dumps(report, indent=1))
     except OSError as error:
         raise Failure(f"report must be a file that can be written, got {path}: {error.strerror}") from None

@@ -31,8 +31,8 @@ from realgeneral.adapter import (
 from realgeneral.adapter_files import CONDITION_FILE, LORA_FILE, read_tensors
 from realgeneral.data import PairDataset
 from realgeneral.errors import Failure, UsageError
+from realgeneral.files import check_output, replacing
 from realgeneral.mixture import Mixture
-from realgeneral.preflight import check_output
 from realgeneral.settings.train import TrainConfig, adjusted, check_resumable
 from realgeneral.shards import shard_like, whole
 
@@ -153,21 +153,17 @@ def snapshot(
 
 
 def save(output: Path, info: AdapterInfo, adapter: AdapterTensors, state: dict[str, Any]) -> Path:
-    """Write `step-NNNNNN` beside its final name, rename it, and once it is on the disk drop the oldest."""
+    """Write `step-NNNNNN`, and once it is on the disk drop the oldest."""
     step, keep = state["step"], state["config"]["keep_checkpoints"]
     final = output / "checkpoints" / f"step-{step:06d}"
-    partial = final.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        write_adapter(adapter, partial, info)
-        torch.save(state, partial / STATE_FILE)
-        for path in (*partial.iterdir(), partial):
-            _flush(path)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
+        with replacing(final) as partial:
+            write_adapter(adapter, partial, info)
+            torch.save(state, partial / STATE_FILE)
+            for path in (*partial.iterdir(), partial):
+                _flush(path)
         _flush(final.parent)
     except (OSError, RuntimeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise Failure(
             f"checkpoint of step {step} could not be written to {final.parent} ({error}); earlier ones are intact"
         ) from None

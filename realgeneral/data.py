@@ -19,12 +19,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from realgeneral.bases import folder_fingerprint
 from realgeneral.buckets import OneSize, Order, Size
-from realgeneral.embedding import cut_prompt, subject_span_mask, token_count
 from realgeneral.errors import Failure, UsageError
+from realgeneral.files import file_stamp, folder_fingerprint
 from realgeneral.pictures import fit_picture, to_pixels
-from realgeneral.records import Picture, Record, Source, file_stamp
+from realgeneral.prompts import cut_prompt, subject_span_mask, token_count
+from realgeneral.records import Picture, Record, Source
 from realgeneral.store import Store, StoreFailure
 from realgeneral.tasks import DepthTask, Task, depth_revision, get_task
 

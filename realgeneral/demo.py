@@ -19,13 +19,12 @@ from torch import Tensor
 from realgeneral.adapter import read_adapter_info
 from realgeneral.arguments import check_steps
 from realgeneral.evaluate import FACE_CHANGE, NanoPairs, generate_all, interval, measures, table_pairs, task_pairs
+from realgeneral.files import check_output, write_json
 from realgeneral.kernels import check_kernels, use_kernels
 from realgeneral.metrics import psnr, ssim
-from realgeneral.pictures import picture_grid, save_picture
+from realgeneral.pictures import picture_grid, save_picture, to_picture
 from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
-from realgeneral.preflight import check_output, open_base
-from realgeneral.protocols.report import write_json
-from realgeneral.samples import to_picture
+from realgeneral.preflight import open_base
 from realgeneral.settings.sampling import DemoConfig
 from realgeneral.settings.train import TrainConfig
 from realgeneral.tasks import get_task

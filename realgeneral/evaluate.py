@@ -19,15 +19,14 @@ from realgeneral.bases import load_pipeline
 from realgeneral.buckets import Size
 from realgeneral.data import PairDataset, Sample
 from realgeneral.errors import UsageError
+from realgeneral.files import check_output, write_json, write_text
 from realgeneral.metrics import edge_f1, feature_hits, image_features, psnr, ssim
 from realgeneral.nano.avatars import FACES, AvatarSource
 from realgeneral.nano.pairs import TARGET_STYLES, NanoSource
-from realgeneral.pictures import picture_grid, save_picture, to_pixels
+from realgeneral.pictures import picture_grid, save_picture, to_picture, to_pixels
 from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
-from realgeneral.preflight import check_output, open_base
-from realgeneral.protocols.report import write_json, write_text
+from realgeneral.preflight import open_base
 from realgeneral.records import Source
-from realgeneral.samples import to_picture
 from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.settings.sampling import sampling
 from realgeneral.tasks import get_task

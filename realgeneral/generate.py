@@ -13,12 +13,13 @@ from PIL.PngImagePlugin import PngInfo
 from realgeneral.adapter import check_fits, read_adapter_info
 from realgeneral.arguments import check_steps
 from realgeneral.bases import load_pipeline
-from realgeneral.embedding import cut_prompt
 from realgeneral.errors import UsageError
+from realgeneral.files import check_output
 from realgeneral.kernels import check_kernels, use_kernels
 from realgeneral.pictures import fit_picture, load_picture, save_picture
 from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
-from realgeneral.preflight import check_output, open_base
+from realgeneral.preflight import open_base
+from realgeneral.prompts import cut_prompt
 from realgeneral.settings.sampling import GenerateConfig
 from realgeneral.tasks import get_task, mask_out
 from rgkernels import __version__

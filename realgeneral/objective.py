@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from realgeneral.data import Sample
 from realgeneral.diffusion import noised, sample_timesteps, v_loss, v_target
-from realgeneral.embedding import pool_subject, subject_span_mask
 from realgeneral.errors import Failure
 from realgeneral.pipeline import RealGeneralPipeline
+from realgeneral.prompts import pool_subject, subject_span_mask
 from realgeneral.settings.train import TrainConfig
 from realgeneral.store import Store
 from realgeneral.vae import encode_images

@@ -33,11 +33,11 @@ from realgeneral.arguments import (
     subject_list,
 )
 from realgeneral.condition import ConditionCache
-from realgeneral.embedding import pool_subject, subject_span_mask, token_count
 from realgeneral.errors import UsageError
 from realgeneral.guidance import Guidance
 from realgeneral.layout import NEWER_SIDES, get_preset
 from realgeneral.pictures import fit_picture, to_pixels
+from realgeneral.prompts import pool_subject, subject_span_mask, token_count
 from realgeneral.transformer import RealGeneralTransformer3DModel
 from realgeneral.vae import decode_latents, encode_images
 

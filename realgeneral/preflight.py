@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,16 +33,6 @@ def open_base(base: str) -> RealGeneralPipeline:
     with reading(base):
         pipe.scheduler = CogVideoXDDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     return pipe
-
-
-def check_output(path: str, file: bool = False) -> None:
-    """Failure unless `path` is a folder that can be written or made, or a file in one; makes nothing."""
-    place = Path(path).absolute()
-    above = next(p for p in (place, *place.parents)[file:] if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        must = "be in a folder" if file else "be a folder"
-        found = "is read-only" if above.is_dir() else "is a file"
-        raise Failure(f"output must {must} that can be written, got {path} where {above} {found}")
 
 
 def tasks_to_train(config: TrainConfig) -> list[str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -147,18 +146,6 @@ class BaseSource:
     def stamp(self) -> str:
         """See `Source`."""
         return ""
-
-
-def file_stamp(files: Iterable[Path]) -> str:
-    """Names, sizes and times of files."""
-    lines = []
-    for file in files:
-        try:
-            status = os.stat(file)
-            lines.append(f"{file.absolute()} {status.st_size} {status.st_mtime_ns}")
-        except OSError as error:  # a link to nothing: its row is told when it is read
-            lines.append(f"{file.absolute()} {error.errno}")
-    return "\n".join(lines)
 
 
 def check_text(name: str, text: str) -> None:

@@ -9,7 +9,7 @@ from realgeneral.adapter import AdapterInfo
 from realgeneral.bases import lent
 from realgeneral.data import PairDataset, TextCheck
 from realgeneral.objective import Texts
-from realgeneral.pictures import picture_grid
+from realgeneral.pictures import picture_grid, to_picture
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.records import Source
 from realgeneral.settings.train import TrainConfig
@@ -63,9 +63,3 @@ def _grid(
         rows.append([conditions[0], result, to_picture(sample.target)])
         labels.append(f"{sample.task}\n{sample.prompt[:28]}")
     return picture_grid(rows, ("condition", "result", "target"), labels, max(1, 128 // width))
-
-
-def to_picture(pixels: torch.Tensor) -> Image.Image:
-    """[3, H, W] in [-1, 1] -> PIL RGB."""
-    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())

@@ -15,7 +15,8 @@ from typing import Any
 
 from realgeneral.columns import ColumnMap, parse_columns
 from realgeneral.errors import Failure, UsageError
-from realgeneral.records import BaseSource, Block, Picture, Record, Source, check_text, file_stamp, make_record
+from realgeneral.files import file_stamp
+from realgeneral.records import BaseSource, Block, Picture, Record, Source, check_text, make_record
 from realgeneral.tables import ParquetSource, RowGroups, open_huggingface
 
 BUILT_IN = ("nano", "avatars")

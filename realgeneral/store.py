@@ -12,8 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import uuid
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -27,6 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from realgeneral.errors import Failure, UsageError
+from realgeneral.files import replacing, write_text
 
 SETTINGS_FILE = "precompute.json"
 # raised when what is stored for the same inputs changes, so that older entries are not found any more
@@ -225,7 +224,7 @@ class StoreWriter:
         elif strangers:
             raise UsageError(f"output must be a new folder or one of realgeneral precompute, got {folder} with {strangers[0]}")
         else:
-            _write_text(folder / SETTINGS_FILE, json.dumps(asdict(settings), indent=1) + "\n")
+            write_text(folder / SETTINGS_FILE, json.dumps(asdict(settings), indent=1) + "\n", shared=True)
         (folder / "shards").mkdir(exist_ok=True)
         for left in (folder / "shards").glob(f"{prefix}-*.partial"):
             left.unlink()
@@ -264,28 +263,16 @@ class StoreWriter:
         shards = self.folder / "shards"
         number = 1 + max((int(p.stem.rpartition("-")[2]) for p in shards.glob(f"{self.prefix}-*.json")), default=-1)
         path = shards / f"{self.prefix}-{number:05d}.safetensors"
-        partial = path.with_suffix(".partial")
         try:
             if self.tensors:
-                partial.write_bytes(save(self.tensors))  # save_file makes files that only their owner can read
-                os.replace(partial, path)
+                with replacing(path) as partial:
+                    partial.write_bytes(save(self.tensors))  # save_file makes files that only their owner can read
             entries = {key: checksum(tensor) for key, tensor in self.tensors.items()}
             size = path.stat().st_size if self.tensors else 0
-            _write_text(path.with_suffix(".json"), json.dumps({"bytes": size, "entries": entries, "bad": self.bad}))
+            write_text(path.with_suffix(".json"), json.dumps({"bytes": size, "entries": entries, "bad": self.bad}))
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise Failure(f"{path} could not be written ({error}); shards before it are intact") from None
         self.written += len(self.tensors)
         self.store.places.update((key, (path.stem, crc)) for key, crc in entries.items())
         self.store.bad.update(self.bad)
         self.tensors, self.bad, self.bytes = {}, {}, 0
-
-
-def _write_text(path: Path, text: str) -> None:
-    # not by process id: containers on several machines that share the folder may have the same
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

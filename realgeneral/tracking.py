@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from realgeneral.errors import UsageError
+from realgeneral.files import write_text
 from realgeneral.settings.train import TrainConfig
 
 TIMESTEP_BUCKETS = 10
@@ -89,10 +89,7 @@ class MetricsLog:
         if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [row for row in map(_parse, lines) if row is not None and row["step"] <= start]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.losses = [row["loss"] for row in kept]
         self.tracker = open_tracker(config, path.parent, start)
 

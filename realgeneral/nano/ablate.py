@@ -24,13 +24,13 @@ from torch import Tensor
 from realgeneral.adapter import library_versions
 from realgeneral.errors import Failure, UsageError
 from realgeneral.evaluate import NanoPairs, generate_all, measures, nano_pairs
+from realgeneral.files import write_json, write_text
 from realgeneral.metrics import RESAMPLES, Score, bootstrap
 from realgeneral.nano.common import log
 from realgeneral.nano.pairs import NANO_TASKS
 from realgeneral.objective import Draws, TextCache, collate, training_loss
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.protocols.generation import weights_fingerprint
-from realgeneral.protocols.report import write_json, write_text
 from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.settings.sampling import NANO_GUIDANCE, NANO_STEPS
 from realgeneral.settings.train import TrainConfig

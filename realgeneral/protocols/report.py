@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
@@ -16,13 +12,21 @@ from realgeneral.pictures import picture_grid
 PAPER_SOURCE = (
     "RealGeneral, arXiv 2503.10406, tables as on the authors' project page (github.com/Lyne1/RealGeneral, 2025-03-14)"
 )
+
+
 # not published, so nobody can say how far these rows compare with those of a run
 PAPER_UNKNOWN = {
     "customization": "which CLIP and DINO, which real pictures, how many pictures per prompt, sampler",
     "canny": "FID implementation, number of pictures, size, sampler; presumably as OminiControl: COCO val2017 at 512 px",
 }
+
+
 PAPER_UNKNOWN["depth"] = PAPER_UNKNOWN["canny"]
+
+
 PAPER_COLUMNS = {"customization": ("CLIP-I", "DINO", "CLIP-T"), "canny": ("FID", "SSIM"), "depth": ("FID", "SSIM")}
+
+
 # strings: as printed
 PAPER_ROWS: dict[str, dict[str, tuple[str, ...]]] = {
     "customization": {
@@ -49,6 +53,8 @@ PAPER_ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "RealGeneral": ("23.40", "0.35"),
     },
 }
+
+
 LOWER_IS_BETTER = ("FID", "Fréchet", "depth MSE")
 
 
@@ -92,26 +98,6 @@ def grid(rows: list[list[Image.Image]], header: tuple[str, ...], labels: list[st
     if side > 256:
         rows = [[ImageOps.contain(picture, (256, 256)) for picture in row] for row in rows]
     return picture_grid(rows, header, labels, max(1, 128 // side))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write a record whole or not at all; numbers that JSON does not have (the interval of one value) are null."""
-    write_text(path, json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_distance(metric: str) -> bool:

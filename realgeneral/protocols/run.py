@@ -12,15 +12,16 @@ from tqdm.auto import tqdm
 
 from realgeneral.adapter import library_versions, read_adapter_info
 from realgeneral.bases import load_pipeline
-from realgeneral.embedding import cut_prompt
 from realgeneral.encoders import loading
 from realgeneral.errors import Failure, UsageError
+from realgeneral.files import write_json, write_text
 from realgeneral.metrics import Score, frechet_distance
 from realgeneral.pictures import save_picture
 from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.prompts import cut_prompt
 from realgeneral.protocols.folders import Case, captioned_cases, chosen, readable, repeated, subject_cases
 from realgeneral.protocols.generation import CaseGenerator, weights_fingerprint
-from realgeneral.protocols.report import grid, markdown, paper_record, write_json, write_text
+from realgeneral.protocols.report import grid, markdown, paper_record
 from realgeneral.protocols.scores import Scorer, SpatialScorer, SubjectEncoders, SubjectScorer, summary
 from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.settings.sampling import sampling

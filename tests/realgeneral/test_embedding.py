@@ -6,7 +6,8 @@ import pytest
 import torch
 from checkpoints import TEXT_WINDOW, tiny_tokenizer
 
-from realgeneral.embedding import UnifiedConditionEmbedding, pool_subject, subject_span_mask
+from realgeneral.embedding import UnifiedConditionEmbedding
+from realgeneral.prompts import pool_subject, subject_span_mask
 
 
 def words(prompt: str, subject: str | None, window: int = TEXT_WINDOW) -> list[str]:

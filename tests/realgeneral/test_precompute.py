@@ -369,7 +369,7 @@ def test_a_killed_process_goes_on(settings: Callable[..., PrecomputeConfig], tmp
     common = {"data": str(tmp_path), "tasks": ["inpainting"]}
     command = [
         sys.executable, "-c",
-        "from realgeneral.config import PrecomputeConfig\nfrom realgeneral.precompute import precompute\n"
+        "from realgeneral.settings.data import PrecomputeConfig\nfrom realgeneral.precompute import precompute\n"
         f"config = PrecomputeConfig(base={str(bases['5b'])!r}, data={str(tmp_path)!r}, tasks=['inpainting'], variants=2,"
         f" buckets=['16x32', '32x16'], output={settings().output!r})\n"
         "object.__setattr__(config, 'shard_megabytes', 0)\nprecompute(config)",
