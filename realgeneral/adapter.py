@@ -28,6 +28,7 @@ from realgeneral.adapter_files import CONDITION_FILE, LORA_FILE, check_pair, exi
 from realgeneral.errors import Failure, UsageError
 from realgeneral.files import replacing
 from realgeneral.layout import PRESETS
+from realgeneral.nano.assets import resolve_adapter
 from realgeneral.shards import whole
 from realgeneral.tasks import get_task
 from realgeneral.transformer import RealGeneralTransformer3DModel
@@ -257,8 +258,8 @@ def write_adapter(tensors: AdapterTensors, folder: str | os.PathLike[str], info:
 
 
 def read_adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
-    """Read an adapter's metadata without its weights; Failure if a file is missing or unreadable."""
-    path = existing(folder, CONDITION_FILE)
+    """Read the metadata of an adapter (folder, or "nano") without its weights; Failure if a file is missing or unreadable."""
+    path = existing(resolve_adapter(folder), CONDITION_FILE)
     return AdapterInfo.from_metadata(read_metadata(path), path)
 
 
@@ -273,7 +274,7 @@ def load_adapter(
 
     Args:
         transformer: A model without a LoRA; changed in place.
-        folder: Folder with the two files.
+        folder: Folder with the two files, or "nano".
         preset: If given, the preset that the adapter must have been trained in.
         other_weights: Accept one that was trained on other weights of this geometry, to train it on; it is no use as it is.
 
@@ -284,6 +285,7 @@ def load_adapter(
         UsageError: It was trained on another base or in another preset.
         Failure: A file is missing, truncated, or the two do not belong together.
     """
+    folder = resolve_adapter(folder)
     info = read_adapter_info(folder)
     lora_path, branch_path = existing(folder, LORA_FILE), existing(folder, CONDITION_FILE)
     lora, branch = read_tensors(lora_path), read_tensors(branch_path)

@@ -13,7 +13,8 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
 
 from realgeneral.errors import Failure, UsageError
 from realgeneral.files import folder_fingerprint
-from realgeneral.pipeline import RealGeneralPipeline, resolve_base
+from realgeneral.nano.assets import resolve_base
+from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.transformer import RealGeneralTransformer3DModel
 from realgeneral.vae import fold_single_frame
 

@@ -23,7 +23,7 @@ from realgeneral.files import check_output, write_json
 from realgeneral.kernels import check_kernels, use_kernels
 from realgeneral.metrics import psnr, ssim
 from realgeneral.pictures import picture_grid, save_picture, to_picture
-from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.preflight import open_base
 from realgeneral.settings.sampling import DemoConfig
 from realgeneral.settings.train import TrainConfig
@@ -38,7 +38,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     check_output(config.output)
     check_kernels(config.fused_kernels, _device())
     check_steps("steps", config.steps, open_base("nano").scheduler)
-    spec = read_adapter_info(resolve_adapter("nano")).task_spec(config.train_task)
+    spec = read_adapter_info("nano").task_spec(config.train_task)
     output = Path(config.output)
     pipe = open_pipeline("nano", config)
     metrics: dict[str, Any] = {"generation": show_tasks(pipe, config, output)}

@@ -24,7 +24,7 @@ from realgeneral.metrics import edge_f1, feature_hits, image_features, psnr, ssi
 from realgeneral.nano.avatars import FACES, AvatarSource
 from realgeneral.nano.pairs import TARGET_STYLES, NanoSource
 from realgeneral.pictures import picture_grid, save_picture, to_picture, to_pixels
-from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.preflight import open_base
 from realgeneral.records import Source
 from realgeneral.settings.evaluate import EvaluateConfig
@@ -226,7 +226,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def _check(config: EvaluateConfig) -> AdapterInfo:
     """What can be told before weights are loaded; returns the adapter's description."""
     check_output(config.output)
-    base, info = open_base(config.base), read_adapter_info(resolve_adapter(config.adapter))
+    base, info = open_base(config.base), read_adapter_info(config.adapter)
     height, width = base._size(None, None)
     if config.protocol == "nano" and (height, width) != (64, 64):
         raise UsageError(f"base must be a 64 px model such as nano for nano's table, got one of {height} x {width} px")

@@ -17,7 +17,7 @@ from realgeneral.errors import UsageError
 from realgeneral.files import check_output
 from realgeneral.kernels import check_kernels, use_kernels
 from realgeneral.pictures import fit_picture, load_picture, save_picture
-from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.preflight import open_base
 from realgeneral.prompts import cut_prompt
 from realgeneral.settings.sampling import GenerateConfig
@@ -70,7 +70,7 @@ def prepare(config: GenerateConfig, device: torch.device) -> tuple[list[str], li
     check_kernels(config.fused_kernels, device)
     name, base = get_task(config.task).name, open_base(config.base)
     if config.adapter:
-        base.adapter = read_adapter_info(resolve_adapter(config.adapter))
+        base.adapter = read_adapter_info(config.adapter)
         check_fits(base.transformer, base.adapter)
         base.adapter.task_spec(name)
     else:

@@ -12,7 +12,8 @@ from realgeneral.bases import load_pipeline
 from realgeneral.checkpoint import load_weights
 from realgeneral.errors import UsageError
 from realgeneral.kernels import use_kernels
-from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.nano.assets import resolve_adapter
+from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.preflight import tasks_to_train
 from realgeneral.recompute import checkpointing
 from realgeneral.settings.train import TrainConfig

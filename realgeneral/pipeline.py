@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -36,22 +35,11 @@ from realgeneral.condition import ConditionCache
 from realgeneral.errors import UsageError
 from realgeneral.guidance import Guidance
 from realgeneral.layout import NEWER_SIDES, get_preset
+from realgeneral.nano.assets import resolve_base
 from realgeneral.pictures import fit_picture, to_pixels
 from realgeneral.prompts import pool_subject, subject_span_mask, token_count
 from realgeneral.transformer import RealGeneralTransformer3DModel
 from realgeneral.vae import decode_latents, encode_images
-
-NANO_ASSETS = Path(__file__).resolve().parent / "nano" / "assets"
-
-
-def resolve_base(base: str | os.PathLike[str]) -> str:
-    """A checkpoint folder or hub id; "nano" is the small model that ships with the package."""
-    return str(NANO_ASSETS / "base") if str(base) == "nano" else str(base)
-
-
-def resolve_adapter(adapter: str | os.PathLike[str]) -> str:
-    """An adapter folder; "nano" is the adapter that ships with the package."""
-    return str(NANO_ASSETS / "adapter") if str(adapter) == "nano" else str(adapter)
 
 
 @dataclass
@@ -121,7 +109,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
 
     def load_adapter(self, adapter: str | os.PathLike[str], *, preset: str | None = None) -> AdapterInfo:
         """Load an adapter folder (or "nano") into the transformer; see `realgeneral.adapter.load_adapter`."""
-        self.adapter = load_adapter(self.transformer, resolve_adapter(adapter), preset=preset)
+        self.adapter = load_adapter(self.transformer, adapter, preset=preset)
         return self.adapter
 
     @wraps(CogVideoXPipeline.save_pretrained)

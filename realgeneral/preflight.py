@@ -16,7 +16,7 @@ from realgeneral.errors import Failure, UsageError
 from realgeneral.kernels import check_kernels
 from realgeneral.loading import encoder_dtype, run_buckets, run_tasks
 from realgeneral.optimizers import check_optimizer
-from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.records import Source
 from realgeneral.settings.train import TrainConfig
 from realgeneral.store import check_settings, read_settings
@@ -39,7 +39,7 @@ def tasks_to_train(config: TrainConfig) -> list[str]:
     """The tasks of a run; UsageError if they, the rank or the alpha are not those of `init_adapter`."""
     if not config.init_adapter:
         return run_tasks(config.tasks, config.data)
-    info = read_adapter_info(resolve_adapter(config.init_adapter))
+    info = read_adapter_info(config.init_adapter)
     if (info.rank, info.alpha) != (config.rank, config.alpha or config.rank):
         raise UsageError(
             f"rank and alpha must be those of the adapter to start from, {info.rank} and {info.alpha:g}, "
@@ -62,7 +62,7 @@ def check_training(config: TrainConfig, source: Source, device: torch.device) ->
     check_optimizer(config, device)
     base = open_base(config.base)
     if config.init_adapter:
-        check_fits(base.transformer, read_adapter_info(resolve_adapter(config.init_adapter)), config.preset)
+        check_fits(base.transformer, read_adapter_info(config.init_adapter), config.preset)
     check_targets(base.transformer, config.lora_targets)
     check_tasks(source, tasks_to_train(config))
     run_buckets(config, base)

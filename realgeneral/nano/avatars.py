@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from realgeneral.files import file_stamp
-from realgeneral.nano.common import ASSETS
+from realgeneral.nano.assets import ASSETS
 from realgeneral.nano.emoji import of_split
 from realgeneral.records import BaseSource, Picture, Record
 

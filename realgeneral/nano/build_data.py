@@ -23,7 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from realgeneral.nano.common import ASSETS, log
+from realgeneral.nano.assets import ASSETS
+from realgeneral.nano.common import log
 
 PACKAGES = {
     "flat": "@iconify-json/fluent-emoji-flat@1.2.6",

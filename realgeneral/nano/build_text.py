@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from realgeneral.nano.common import BASE, command_line, log, log_settings, seed_everything
+from realgeneral.nano.assets import BASE
+from realgeneral.nano.common import command_line, log, log_settings, seed_everything
 from realgeneral.nano.emoji import STYLE_WORDS, load_emoji
 
 WIDTH = 256

@@ -17,11 +17,6 @@ import numpy as np
 import torch
 from torch import nn
 
-NANO = Path(__file__).resolve().parent
-ASSETS = NANO / "assets"
-BASE = ASSETS / "base"
-LOGS = ASSETS / "logs"
-
 
 def log(message: str) -> None:
     """Print one line with the time of day, flushed so that a log file can be followed."""

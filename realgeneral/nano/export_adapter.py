@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from realgeneral.adapter import read_adapter_info, save_adapter, signature_of
-from realgeneral.nano.common import ASSETS, LOGS
+from realgeneral.nano.assets import ASSETS, LOGS
 from realgeneral.pipeline import RealGeneralPipeline
 
 

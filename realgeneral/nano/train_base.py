@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import T5EncoderModel, T5Tokenizer
 
+from realgeneral.nano.assets import BASE
 from realgeneral.nano.base import (
     LATENT_SIZE,
     SCHEDULE,
@@ -39,7 +40,6 @@ from realgeneral.nano.base import (
 )
 from realgeneral.nano.clips import ClipSource
 from realgeneral.nano.common import (
-    BASE,
     Ema,
     append_csv,
     command_line,

@@ -25,9 +25,9 @@ from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 from torch.nn import functional as F
 
+from realgeneral.nano.assets import BASE
 from realgeneral.nano.avatars import BACKGROUNDS, FACES, load_avatars
 from realgeneral.nano.common import (
-    BASE,
     Ema,
     append_csv,
     command_line,

@@ -17,7 +17,7 @@ from realgeneral.errors import Failure, UsageError
 from realgeneral.files import write_json, write_text
 from realgeneral.metrics import Score, frechet_distance
 from realgeneral.pictures import save_picture
-from realgeneral.pipeline import RealGeneralPipeline, resolve_adapter
+from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.prompts import cut_prompt
 from realgeneral.protocols.folders import Case, captioned_cases, chosen, readable, repeated, subject_cases
 from realgeneral.protocols.generation import CaseGenerator, weights_fingerprint
@@ -75,7 +75,7 @@ def run_protocol(config: EvaluateConfig) -> dict[str, dict[str, Score]]:
 
 def protocol_task(config: EvaluateConfig) -> Task:
     """The adapter's own task of a protocol; for depth with the model that is named."""
-    spec = read_adapter_info(resolve_adapter(config.adapter)).task_spec(config.protocol)
+    spec = read_adapter_info(config.adapter).task_spec(config.protocol)
     if config.protocol != "depth":
         return get_task(spec)
     if not config.depth_model:

@@ -14,11 +14,11 @@ from checkpoints import save_checkpoint, tiny_transformer
 from models import trained_model
 
 from realgeneral import RealGeneralPipeline
-from realgeneral import pipeline as pipeline_module
 from realgeneral.adapter import adapter_info, save_adapter
 from realgeneral.demo import demo
 from realgeneral.errors import UsageError
 from realgeneral.evaluate import evaluate, generate_all, interval, markdown, nano_pairs, scores
+from realgeneral.nano import assets as nano_assets
 from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.settings.sampling import DemoConfig
 from realgeneral.tasks import get_task
@@ -126,7 +126,7 @@ def test_evaluate_needs_a_64_px_base(bases: dict[str, Path], assets: Path, tmp_p
 @pytest.mark.parametrize("train_steps", [0, 2])
 def test_demo(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_steps: int) -> None:
     """The demo leaves its pictures, a metrics.json with the losses of a real training, and says where they are."""
-    monkeypatch.setattr(pipeline_module, "NANO_ASSETS", assets)
+    monkeypatch.setattr(nano_assets, "ASSETS", assets)
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "mine.txt").write_text("a user's own")
     config = DemoConfig(output=str(tmp_path), concepts=2, steps=1, train_steps=train_steps, train_task="colouring")

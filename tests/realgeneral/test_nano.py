@@ -18,12 +18,12 @@ from realgeneral.data import PairDataset
 from realgeneral.demo import demo
 from realgeneral.evaluate import avatar_pairs, evaluate, generate_all, interval, markdown, measures, nano_pairs
 from realgeneral.metrics import edge_f1, psnr, retrieval_hits, ssim
+from realgeneral.nano.assets import ASSETS
 from realgeneral.nano.colours import COLOURS, colour_words
 from realgeneral.nano.emoji import PARQUET, STYLES, Concept, caption, load_emoji
 from realgeneral.nano.pairs import NANO_TASKS, TARGET_STYLES, NanoSource
 from realgeneral.nano.train_vae import decoder_terms, latent_noise
 from realgeneral.pictures import to_pixels
-from realgeneral.pipeline import NANO_ASSETS
 from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.settings.sampling import DemoConfig
 from realgeneral.tasks import get_task
@@ -40,11 +40,11 @@ def pipe() -> RealGeneralPipeline:
 
 def test_assets_are_small_and_licensed() -> None:
     """Pictures, weights and licences ship within their budgets: 6.5 MB of pictures, 35 MB of weights."""
-    weights = list(NANO_ASSETS.rglob("*.safetensors"))
+    weights = list(ASSETS.rglob("*.safetensors"))
     assert {p.parent.name for p in weights} == {"vae", "transformer", "text_encoder", "adapter"}
     assert sum(p.stat().st_size for p in weights) < 35e6
     assert PARQUET.stat().st_size < 6.5e6
-    assert {p.name for p in (NANO_ASSETS / "licenses").iterdir()} >= {"README.md", "APACHE-2.0.txt", "MIT-fluent-emoji.txt"}
+    assert {p.name for p in (ASSETS / "licenses").iterdir()} >= {"README.md", "APACHE-2.0.txt", "MIT-fluent-emoji.txt"}
 
 
 def test_concepts_and_split() -> None:
@@ -123,7 +123,7 @@ def test_captions_fit_nanos_window(pipe: RealGeneralPipeline) -> None:
 
 def test_base_is_a_stock_checkpoint() -> None:
     """The base folder loads in plain diffusers and makes a clip of two frames from text alone."""
-    stock = CogVideoXPipeline.from_pretrained(NANO_ASSETS / "base", dtype=torch.float32)
+    stock = CogVideoXPipeline.from_pretrained(ASSETS / "base", dtype=torch.float32)
     stock.set_progress_bar_config(disable=True)
     frames = stock(
         "red heart, 3d render", num_frames=2, num_inference_steps=4, guidance_scale=3, max_sequence_length=16,
@@ -150,7 +150,7 @@ def test_decoder_recipe_leaves_the_encoder() -> None:
     sizes = noise.std(dim=(1, 2, 3, 4))
     assert sizes.max() < 0.36
     assert 0.12 < sizes.mean() < 0.18
-    vae = fold_single_frame(AutoencoderKLCogVideoX.from_pretrained(NANO_ASSETS / "base" / "vae", torch_dtype=torch.float32))
+    vae = fold_single_frame(AutoencoderKLCogVideoX.from_pretrained(ASSETS / "base" / "vae", torch_dtype=torch.float32))
     pixels = torch.stack([to_pixels(load_emoji("train")[0].image("3d"))])
     terms = decoder_terms(vae, pixels, torch.float32)
     torch.stack(list(terms.values())).sum().backward()
@@ -170,7 +170,7 @@ def test_adapter_beats_copying_and_the_base(pipe: RealGeneralPipeline) -> None:
 
     In dB of PSNR. The 150 concepts of docs/results.md give more room in colouring than these 8.
     """
-    assert set(read_adapter_info(NANO_ASSETS / "adapter").task_names) == {get_task(spec).name for spec in NANO_TASKS}
+    assert set(read_adapter_info(ASSETS / "adapter").task_names) == {get_task(spec).name for spec in NANO_TASKS}
     settings = EvaluateConfig(steps=8, batch_size=8, concepts=8)
     base = RealGeneralPipeline.from_pretrained("nano")
     base.set_progress_bar_config(disable=True)
