@@ -23,7 +23,7 @@ from benchmarks.common import Case, Run, measure, usable
 from benchmarks.models import Inputs, Provider, block_flops, build_model, model_flops, model_inputs, providers
 from benchmarks.shapes import MODELS, Shape
 from realgeneral.guidance import Guidance
-from realgeneral.layout import get_preset, joint_layout, sublayout
+from realgeneral.model.presets import get_preset, joint_layout, sublayout
 from realgeneral.pipeline import RealGeneralPipeline
 
 PRESET = "cached"

@@ -12,15 +12,15 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
 from diffusers.utils import logging
 from transformers import T5Config, T5EncoderModel
 
-from realgeneral.adapter import add_lora
 from realgeneral.loading import run_tasks
 from realgeneral.memory import GIB, StepShape, memory_budget
+from realgeneral.model.lora import add_lora
+from realgeneral.model.transformer import RealGeneralTransformer3DModel
+from realgeneral.model.vae import fold_single_frame
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.recompute import checkpointing
 from realgeneral.settings.train import TrainConfig
 from realgeneral.tasks import get_task
-from realgeneral.transformer import RealGeneralTransformer3DModel
-from realgeneral.vae import fold_single_frame
 
 # as in the config.json of the checkpoints; sizes in latent pixels
 SHARED = {"attention_head_dim": 64, "in_channels": 16, "out_channels": 16, "time_embed_dim": 512, "text_embed_dim": 4096}

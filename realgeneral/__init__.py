@@ -6,9 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from realgeneral.adapter import merge_lora, save_adapter, unmerge_lora
+    from realgeneral.model.adapter import save_adapter
+    from realgeneral.model.lora import merge_lora, unmerge_lora
+    from realgeneral.model.transformer import RealGeneralTransformer3DModel
     from realgeneral.pipeline import RealGeneralPipeline
-    from realgeneral.transformer import RealGeneralTransformer3DModel
     from rgkernels import __version__
 
 __all__ = [
@@ -23,10 +24,10 @@ __all__ = [
 # torch, diffusers and transformers take seconds to import; `realgeneral --help` does without them
 _LAZY = {
     "RealGeneralPipeline": "realgeneral.pipeline",
-    "RealGeneralTransformer3DModel": "realgeneral.transformer",
-    "merge_lora": "realgeneral.adapter",
-    "save_adapter": "realgeneral.adapter",
-    "unmerge_lora": "realgeneral.adapter",
+    "RealGeneralTransformer3DModel": "realgeneral.model.transformer",
+    "merge_lora": "realgeneral.model.lora",
+    "save_adapter": "realgeneral.model.adapter",
+    "unmerge_lora": "realgeneral.model.lora",
     "__version__": "rgkernels",
     # a saved pipeline names this module, and diffusers asks it for this class to learn how to load the transformer
     "ModelMixin": "diffusers.models",

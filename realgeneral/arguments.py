@@ -9,8 +9,8 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 from torch import Tensor
 
-from realgeneral.condition import ConditionCache
 from realgeneral.errors import UsageError
+from realgeneral.model.condition import ConditionCache
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_INPUTS = ("latents", "prompt_embeds")

@@ -13,10 +13,10 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
 
 from realgeneral.errors import Failure, UsageError
 from realgeneral.files import folder_fingerprint
+from realgeneral.model.transformer import RealGeneralTransformer3DModel
+from realgeneral.model.vae import fold_single_frame
 from realgeneral.nano.assets import resolve_base
 from realgeneral.pipeline import RealGeneralPipeline
-from realgeneral.transformer import RealGeneralTransformer3DModel
-from realgeneral.vae import fold_single_frame
 
 VAE_PARTS, TEXT_PARTS = ("vae",), ("text_encoder", "tokenizer")
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from realgeneral.errors import Failure, UsageError
 from realgeneral.files import replacing
-from realgeneral.layout import NEWER_SIDES
+from realgeneral.model.geometry import NEWER_SIDES
 from realgeneral.records import Block, Source
 from realgeneral.tables import WINDOW_BYTES
 

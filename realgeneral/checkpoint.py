@@ -12,27 +12,28 @@ import pickle
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.utils import set_peft_model_state_dict
 
-from realgeneral.adapter import (
-    AdapterInfo,
-    AdapterTensors,
-    adapter_tensors,
-    check_fits,
-    copy_branch,
-    read_adapter_info,
-    trained_on,
-    write_adapter,
-)
-from realgeneral.adapter_files import CONDITION_FILE, LORA_FILE, read_tensors
 from realgeneral.data import PairDataset
 from realgeneral.errors import Failure, UsageError
 from realgeneral.files import check_output, replacing
 from realgeneral.mixture import Mixture
+from realgeneral.model.adapter import (
+    CONDITION_FILE,
+    LORA_FILE,
+    AdapterTensors,
+    adapter_tensors,
+    copy_branch,
+    read_adapter_info,
+    read_tensors,
+    write_adapter,
+)
+from realgeneral.model.adapter_info import AdapterInfo, check_fits, trained_on
 from realgeneral.settings.train import TrainConfig, adjusted, check_resumable
 from realgeneral.shards import shard_like, whole
 
@@ -149,7 +150,7 @@ def snapshot(
         "ema": whole(ema.state_dict(), keep) if ema is not None else None,
         "skipped": skipped,
     }
-    return adapter_tensors(transformer, keep), state
+    return adapter_tensors(transformer, partial(whole, keep=keep)), state
 
 
 def save(output: Path, info: AdapterInfo, adapter: AdapterTensors, state: dict[str, Any]) -> Path:

@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from realgeneral.errors import Failure, UsageError
+from realgeneral.model.transformer import RealGeneralTransformer3DModel
 from realgeneral.settings.train import TrainConfig
-from realgeneral.transformer import RealGeneralTransformer3DModel
 from realgeneral.zero import ZeroOptimizer, zero_settings
 from rgkernels.cogvideox import block_forward
 

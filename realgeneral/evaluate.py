@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from realgeneral.adapter import AdapterInfo, check_fits, library_versions, read_adapter_info
 from realgeneral.arguments import check_steps
 from realgeneral.bases import load_pipeline
 from realgeneral.buckets import Size
@@ -21,6 +20,8 @@ from realgeneral.data import PairDataset, Sample
 from realgeneral.errors import UsageError
 from realgeneral.files import check_output, write_json, write_text
 from realgeneral.metrics import edge_f1, feature_hits, image_features, psnr, ssim
+from realgeneral.model.adapter import read_adapter_info
+from realgeneral.model.adapter_info import AdapterInfo, check_fits, library_versions
 from realgeneral.nano.avatars import FACES, AvatarSource
 from realgeneral.nano.pairs import TARGET_STYLES, NanoSource
 from realgeneral.pictures import picture_grid, save_picture, to_picture, to_pixels

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from realgeneral.adapter import check_fits, read_adapter_info
 from realgeneral.arguments import check_steps
 from realgeneral.bases import load_pipeline
 from realgeneral.errors import UsageError
 from realgeneral.files import check_output
 from realgeneral.kernels import check_kernels, use_kernels
+from realgeneral.model.adapter import read_adapter_info
+from realgeneral.model.adapter_info import check_fits
 from realgeneral.pictures import fit_picture, load_picture, save_picture
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.preflight import open_base

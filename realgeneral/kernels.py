@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from realgeneral.errors import UsageError
-from realgeneral.transformer import RealGeneralTransformer3DModel
+from realgeneral.model.transformer import RealGeneralTransformer3DModel
 from rgkernels._impl import require_triton
 
 

@@ -23,11 +23,11 @@ from torch.utils._pytree import tree_leaves
 
 from realgeneral.buckets import Shape
 from realgeneral.diffusion import v_loss
-from realgeneral.layout import get_preset
+from realgeneral.model.presets import get_preset
+from realgeneral.model.vae import decode_latents, encode_images
 from realgeneral.objective import encode_pictures
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.settings.train import TrainConfig
-from realgeneral.vae import decode_latents, encode_images
 from realgeneral.zero import bucket_bytes
 
 GIB = 2**30

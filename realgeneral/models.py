@@ -7,18 +7,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from realgeneral.adapter import AdapterInfo, adapter_info, add_lora, load_adapter, mark_trainable, read_adapter_info, trained_on
 from realgeneral.bases import load_pipeline
 from realgeneral.checkpoint import load_weights
 from realgeneral.errors import UsageError
 from realgeneral.kernels import use_kernels
+from realgeneral.model.adapter import load_adapter, read_adapter_info
+from realgeneral.model.adapter_info import AdapterInfo, adapter_info, trained_on
+from realgeneral.model.lora import add_lora, mark_trainable
+from realgeneral.model.transformer import RealGeneralTransformer3DModel
 from realgeneral.nano.assets import resolve_adapter
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.preflight import tasks_to_train
 from realgeneral.recompute import checkpointing
 from realgeneral.settings.train import TrainConfig
 from realgeneral.tasks import get_task
-from realgeneral.transformer import RealGeneralTransformer3DModel
 
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "none": (),

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from realgeneral.data import Sample
 from realgeneral.diffusion import noised, sample_timesteps, v_loss, v_target
 from realgeneral.errors import Failure
+from realgeneral.model.vae import encode_images
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.prompts import pool_subject, subject_span_mask
 from realgeneral.settings.train import TrainConfig
 from realgeneral.store import Store
-from realgeneral.vae import encode_images
 
 
 @dataclass

@@ -15,7 +15,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from realgeneral.adapter import AdapterInfo, load_adapter
 from realgeneral.arguments import (
     CALLBACK_INPUTS,
     Conditions,
@@ -31,15 +30,18 @@ from realgeneral.arguments import (
     prompt_list,
     subject_list,
 )
-from realgeneral.condition import ConditionCache
 from realgeneral.errors import UsageError
 from realgeneral.guidance import Guidance
-from realgeneral.layout import NEWER_SIDES, get_preset
+from realgeneral.model.adapter import load_adapter
+from realgeneral.model.adapter_info import AdapterInfo
+from realgeneral.model.condition import ConditionCache
+from realgeneral.model.geometry import NEWER_SIDES
+from realgeneral.model.presets import get_preset
+from realgeneral.model.transformer import RealGeneralTransformer3DModel
+from realgeneral.model.vae import decode_latents, encode_images
 from realgeneral.nano.assets import resolve_base
 from realgeneral.pictures import fit_picture, to_pixels
 from realgeneral.prompts import pool_subject, subject_span_mask, token_count
-from realgeneral.transformer import RealGeneralTransformer3DModel
-from realgeneral.vae import decode_latents, encode_images
 
 
 @dataclass
@@ -103,7 +105,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
         """As in diffusers; pipelines saved before version 0.2 name a module that is gone."""
         config = super().load_config(*args, **kwargs)
         parts = config[0] if isinstance(config, tuple) else config
-        if parts.get("transformer", [None])[0] == "realgeneral.transformer":
+        if parts.get("transformer", [None])[0] == "realgeneral.model.transformer":
             parts["transformer"] = ["realgeneral", parts["transformer"][1]]
         return config
 

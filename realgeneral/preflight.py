@@ -8,13 +8,15 @@ from pathlib import Path
 import torch
 from diffusers import CogVideoXDDIMScheduler
 
-from realgeneral.adapter import check_fits, check_targets, read_adapter_info
 from realgeneral.arguments import check_steps
 from realgeneral.bases import base_folder, load_for_data, reading
 from realgeneral.data import check_tasks
 from realgeneral.errors import Failure, UsageError
 from realgeneral.kernels import check_kernels
 from realgeneral.loading import encoder_dtype, run_buckets, run_tasks
+from realgeneral.model.adapter import read_adapter_info
+from realgeneral.model.adapter_info import check_fits
+from realgeneral.model.lora import check_targets
 from realgeneral.optimizers import check_optimizer
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.records import Source

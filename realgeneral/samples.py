@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from realgeneral.adapter import AdapterInfo
 from realgeneral.bases import lent
 from realgeneral.data import PairDataset, TextCheck
+from realgeneral.model.adapter_info import AdapterInfo
 from realgeneral.objective import Texts
 from realgeneral.pictures import picture_grid, to_picture
 from realgeneral.pipeline import RealGeneralPipeline

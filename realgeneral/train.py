@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from realgeneral import checkpoint
-from realgeneral.adapter import AdapterInfo, adapter_tensors, write_adapter
 from realgeneral.bad_batch import MicroBatch, save_bad_batch
 from realgeneral.buckets import Shape
 from realgeneral.data import PairDataset, RunSampler
@@ -30,6 +30,8 @@ from realgeneral.engine import Engine, Stop
 from realgeneral.errors import Failure, UsageError
 from realgeneral.loading import training_dataset, training_texts
 from realgeneral.memory import MemoryBudget, StepShape, largest, memory_budget, used_bytes
+from realgeneral.model.adapter import adapter_tensors, write_adapter
+from realgeneral.model.adapter_info import AdapterInfo
 from realgeneral.models import load_models, place_models
 from realgeneral.objective import Batch, Draws, Texts, collate, training_loss
 from realgeneral.optimizers import learning_rate_factor, make_optimizer
@@ -39,6 +41,7 @@ from realgeneral.preflight import check_training
 from realgeneral.records import Source
 from realgeneral.samples import sample_grid
 from realgeneral.settings.train import TrainConfig
+from realgeneral.shards import whole
 from realgeneral.sources import open_source
 from realgeneral.tracking import MetricsLog, StepRecord, check_tracker
 from realgeneral.workers import leave_signals, loaded
@@ -287,7 +290,7 @@ def finish(run: Run) -> dict[str, Any]:
     engine, folder = run.engine, run.output / "adapter"
     if run.ema is not None:
         run.ema.copy_to(run.trained)
-    tensors = adapter_tensors(run.pipe.transformer, keep=engine.is_main)
+    tensors = adapter_tensors(run.pipe.transformer, partial(whole, keep=engine.is_main))
     with engine.together():
         if engine.is_main:
             write_adapter(tensors, folder, run.info)

@@ -21,11 +21,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from realgeneral.adapter import library_versions
 from realgeneral.errors import Failure, UsageError
 from realgeneral.evaluate import NanoPairs, generate_all, measures, nano_pairs
 from realgeneral.files import write_json, write_text
 from realgeneral.metrics import RESAMPLES, Score, bootstrap
+from realgeneral.model.adapter_info import library_versions
+from realgeneral.model.vae import fold_single_frame
 from realgeneral.nano.common import log
 from realgeneral.nano.pairs import NANO_TASKS
 from realgeneral.objective import Draws, TextCache, collate, training_loss
@@ -36,7 +37,6 @@ from realgeneral.settings.sampling import NANO_GUIDANCE, NANO_STEPS
 from realgeneral.settings.train import TrainConfig
 from realgeneral.tasks import get_task
 from realgeneral.train import train
-from realgeneral.vae import fold_single_frame
 
 LOSS = "v-loss"
 LOSS_DRAWS = 4

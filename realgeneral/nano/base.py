@@ -23,10 +23,10 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from torch import Tensor, nn
 from transformers import T5EncoderModel, T5Tokenizer
 
+from realgeneral.model.vae import decode_latents
 from realgeneral.nano.build_text import MAX_LENGTH, WIDTH
 from realgeneral.nano.common import image_grid
 from realgeneral.nano.train_vae import LATENT_CHANNELS
-from realgeneral.vae import decode_latents
 
 LATENT_SIZE = 16
 # CogVideoX-5B's noise schedule.

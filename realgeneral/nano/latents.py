@@ -25,11 +25,11 @@ from diffusers import AutoencoderKLCogVideoX
 from PIL import Image
 from torch.nn import functional as F
 
+from realgeneral.model.vae import encode_images
 from realgeneral.nano.colours import colour_words
 from realgeneral.nano.common import log
 from realgeneral.nano.derived import KINDS, derive
 from realgeneral.nano.emoji import STYLE_WORDS, STYLES, load_emoji
-from realgeneral.vae import encode_images
 
 MOTIONS = (
     "zooming in",

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import T5EncoderModel, T5Tokenizer
 
+from realgeneral.model.vae import fold_single_frame
 from realgeneral.nano.assets import BASE
 from realgeneral.nano.base import (
     LATENT_SIZE,
@@ -50,7 +51,6 @@ from realgeneral.nano.common import (
     warmup_cosine,
 )
 from realgeneral.nano.latents import COPIES, EMOJI, ICONS, Pool, build_pool, load_things, renderers
-from realgeneral.vae import fold_single_frame
 
 # The second half names concepts that training never saw.
 PROMPTS = [

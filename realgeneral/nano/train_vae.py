@@ -25,6 +25,7 @@ from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 from torch.nn import functional as F
 
+from realgeneral.model.vae import SingleFrameConv, decode_latents, encode_images, fold_single_frame
 from realgeneral.nano.assets import BASE
 from realgeneral.nano.avatars import BACKGROUNDS, FACES, load_avatars
 from realgeneral.nano.common import (
@@ -40,7 +41,6 @@ from realgeneral.nano.common import (
 )
 from realgeneral.nano.derived import KINDS, derive
 from realgeneral.nano.emoji import STYLES, load_emoji
-from realgeneral.vae import SingleFrameConv, decode_latents, encode_images, fold_single_frame
 
 CHANNELS = (32, 64, 64)
 LATENT_CHANNELS = 8

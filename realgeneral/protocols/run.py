@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from realgeneral.adapter import library_versions, read_adapter_info
 from realgeneral.bases import load_pipeline
 from realgeneral.encoders import loading
 from realgeneral.errors import Failure, UsageError
 from realgeneral.files import write_json, write_text
 from realgeneral.metrics import Score, frechet_distance
+from realgeneral.model.adapter import read_adapter_info
+from realgeneral.model.adapter_info import library_versions
 from realgeneral.pictures import save_picture
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.prompts import cut_prompt

@@ -10,7 +10,7 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from torch import Tensor
 
 from realgeneral import RealGeneralPipeline, RealGeneralTransformer3DModel
-from realgeneral.adapter import add_lora
+from realgeneral.model.lora import add_lora
 from realgeneral.settings.train import LORA_TARGETS
 
 TASKS = ("canny", "colouring")

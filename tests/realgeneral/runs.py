@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from realgeneral import tracking
 from realgeneral import train as train_module
-from realgeneral.adapter_files import CONDITION_FILE, LORA_FILE
+from realgeneral.model.adapter import CONDITION_FILE, LORA_FILE
 from realgeneral.settings.train import TrainConfig
 from realgeneral.train import train
 

@@ -11,9 +11,9 @@ from conftest import make_photo
 from safetensors.torch import load_file
 
 from realgeneral import RealGeneralPipeline
-from realgeneral.adapter_files import CONDITION_FILE, LORA_FILE
 from realgeneral.errors import UsageError
 from realgeneral.metrics import Score
+from realgeneral.model.adapter import CONDITION_FILE, LORA_FILE
 from realgeneral.nano import ablate
 from realgeneral.nano.ablate import Difference, Values, difference, main, markdown
 from realgeneral.settings.train import TrainConfig

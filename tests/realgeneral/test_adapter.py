@@ -17,20 +17,12 @@ from models import make_inputs, run, trained_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from realgeneral import RealGeneralPipeline, RealGeneralTransformer3DModel, adapter_files
-from realgeneral.adapter import (
-    AdapterInfo,
-    adapter_info,
-    add_lora,
-    load_adapter,
-    mark_trainable,
-    merge_lora,
-    read_adapter_info,
-    save_adapter,
-    unmerge_lora,
-)
-from realgeneral.adapter_files import CONDITION_FILE, LORA_FILE, PAIR_KEY
+from realgeneral import RealGeneralPipeline, RealGeneralTransformer3DModel
 from realgeneral.errors import Failure, UsageError
+from realgeneral.model import adapter as adapter_files
+from realgeneral.model.adapter import CONDITION_FILE, LORA_FILE, PAIR_KEY, load_adapter, read_adapter_info, save_adapter
+from realgeneral.model.adapter_info import AdapterInfo, adapter_info
+from realgeneral.model.lora import add_lora, mark_trainable, merge_lora, unmerge_lora
 from realgeneral.settings.train import LORA_TARGETS
 
 RANK, ALPHA = 3, 6.0

@@ -16,9 +16,9 @@ from models import TASKS, trained_model
 from test_pictures import bomb
 
 from realgeneral import RealGeneralPipeline, __version__, cli
-from realgeneral.adapter import adapter_info, save_adapter
-from realgeneral.adapter_files import CONDITION_FILE
 from realgeneral.cli import main
+from realgeneral.model.adapter import CONDITION_FILE, save_adapter
+from realgeneral.model.adapter_info import adapter_info
 from realgeneral.settings.options import parse
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

@@ -14,10 +14,11 @@ from checkpoints import save_checkpoint, tiny_transformer
 from models import trained_model
 
 from realgeneral import RealGeneralPipeline
-from realgeneral.adapter import adapter_info, save_adapter
 from realgeneral.demo import demo
 from realgeneral.errors import UsageError
 from realgeneral.evaluate import evaluate, generate_all, interval, markdown, nano_pairs, scores
+from realgeneral.model.adapter import save_adapter
+from realgeneral.model.adapter_info import adapter_info
 from realgeneral.nano import assets as nano_assets
 from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.settings.sampling import DemoConfig

@@ -14,8 +14,9 @@ from models import trained_model
 from PIL import Image
 
 from realgeneral import RealGeneralPipeline
-from realgeneral.adapter import adapter_info, save_adapter
 from realgeneral.generate import derive_condition, generate
+from realgeneral.model.adapter import save_adapter
+from realgeneral.model.adapter_info import adapter_info
 from realgeneral.pictures import fit_picture, load_picture
 from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.settings.sampling import DemoConfig, GenerateConfig, sampling

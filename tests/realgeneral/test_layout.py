@@ -9,7 +9,8 @@ import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from models import SIZES
 
-from realgeneral.layout import PRESETS, Geometry, condition_names, get_preset, joint_layout, sublayout
+from realgeneral.model.geometry import Geometry
+from realgeneral.model.presets import PRESETS, condition_names, get_preset, joint_layout, sublayout
 
 CPU = torch.device("cpu")
 

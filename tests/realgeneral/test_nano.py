@@ -13,11 +13,12 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from PIL import Image, ImageColor
 
 from realgeneral import RealGeneralPipeline
-from realgeneral.adapter import read_adapter_info
 from realgeneral.data import PairDataset
 from realgeneral.demo import demo
 from realgeneral.evaluate import avatar_pairs, evaluate, generate_all, interval, markdown, measures, nano_pairs
 from realgeneral.metrics import edge_f1, psnr, retrieval_hits, ssim
+from realgeneral.model.adapter import read_adapter_info
+from realgeneral.model.vae import decode_latents, encode_images, fold_single_frame
 from realgeneral.nano.assets import ASSETS
 from realgeneral.nano.colours import COLOURS, colour_words
 from realgeneral.nano.emoji import PARQUET, STYLES, Concept, caption, load_emoji
@@ -27,7 +28,6 @@ from realgeneral.pictures import to_pixels
 from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.settings.sampling import DemoConfig
 from realgeneral.tasks import get_task
-from realgeneral.vae import decode_latents, encode_images, fold_single_frame
 
 
 @pytest.fixture(scope="module")

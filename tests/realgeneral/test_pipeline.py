@@ -17,7 +17,7 @@ from PIL import Image
 
 from realgeneral import RealGeneralPipeline, RealGeneralTransformer3DModel
 from realgeneral.errors import UsageError
-from realgeneral.vae import decode_latents
+from realgeneral.model.vae import decode_latents
 
 OpenPipeline = Callable[..., RealGeneralPipeline]
 TASKS = ("canny", "customization")
@@ -408,7 +408,7 @@ def test_saved_pipelines_name_the_package(pipe: RealGeneralPipeline, open_pipeli
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["transformer"] == ["realgeneral", "RealGeneralTransformer3DModel"]
     before = json.loads((Path(__file__).parent / "saved" / "model_index-0.1.json").read_text())
-    assert before["transformer"][0] == "realgeneral.transformer"
+    assert before["transformer"][0] == "realgeneral.model.transformer"
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"transformer": before["transformer"]}))
     assert isinstance(open_pipeline(tmp_path).transformer, RealGeneralTransformer3DModel)
 

@@ -16,8 +16,8 @@ from PIL import Image
 from test_pipeline import PROMPTS, alive, assert_same, call, seeded
 
 from realgeneral import RealGeneralPipeline
-from realgeneral.adapter import add_lora
 from realgeneral.errors import UsageError
+from realgeneral.model.lora import add_lora
 from realgeneral.settings.train import LORA_TARGETS
 
 OpenPipeline = Callable[..., RealGeneralPipeline]

@@ -15,12 +15,14 @@ from encoders_on_disk import save_clip, save_depth, save_dino
 from PIL import Image
 
 from realgeneral import RealGeneralPipeline
-from realgeneral.adapter import adapter_info, add_lora, save_adapter
 from realgeneral.cli import main
 from realgeneral.encoders import ClipEncoder, ImageEncoder
 from realgeneral.errors import Failure, UsageError
 from realgeneral.evaluate import evaluate
 from realgeneral.metrics import bootstrap, frechet_distance
+from realgeneral.model.adapter import save_adapter
+from realgeneral.model.adapter_info import adapter_info
+from realgeneral.model.lora import add_lora
 from realgeneral.nano.emoji import caption, load_emoji
 from realgeneral.pictures import load_picture
 from realgeneral.protocols import generation

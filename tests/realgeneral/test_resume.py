@@ -22,9 +22,9 @@ from runs import assert_same_weights, command, environment, losses, rows, train_
 
 from realgeneral import checkpoint
 from realgeneral import train as train_module
-from realgeneral.adapter_files import CONDITION_FILE, LORA_FILE
 from realgeneral.bad_batch import load_bad_batch
 from realgeneral.errors import Failure, UsageError
+from realgeneral.model.adapter import CONDITION_FILE, LORA_FILE
 from realgeneral.settings.train import TrainConfig
 from realgeneral.train import train
 

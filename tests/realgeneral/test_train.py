@@ -22,10 +22,10 @@ from runs import assert_same_weights, command, environment, losses, rows, weight
 
 from realgeneral import RealGeneralPipeline, samples
 from realgeneral import train as train_module
-from realgeneral.adapter import read_adapter_info
 from realgeneral.diffusion import v_loss
 from realgeneral.errors import Failure, UsageError
 from realgeneral.loading import run_tasks
+from realgeneral.model.adapter import read_adapter_info
 from realgeneral.optimizers import learning_rate_factor
 from realgeneral.settings.train import LORA_TARGETS, TrainConfig
 from realgeneral.train import train

@@ -25,7 +25,7 @@ from models import (
 from torch import Tensor
 
 from realgeneral import RealGeneralPipeline, RealGeneralTransformer3DModel
-from realgeneral.condition import ConditionCache
+from realgeneral.model.condition import ConditionCache
 from realgeneral.tasks import DEFAULT_TASKS
 from rgkernels import cogvideox
 from rgkernels.cogvideox import KeyValue
@@ -268,7 +268,7 @@ def test_blocked_pairs_have_exactly_zero_gradient(
     bases: dict[str, Path], preset: str, conditions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A blocked query's output has gradient 0.0, not small, in keys and values; every visible pair has some."""
-    from realgeneral.layout import get_preset, joint_layout
+    from realgeneral.model.presets import get_preset, joint_layout
 
     model = trained_model(bases["5b"], preset)
     layout = joint_layout(get_preset(preset), 12, 6, conditions)

@@ -11,7 +11,7 @@ from checkpoints import tiny_vae
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 
-from realgeneral.vae import decode_latents, encode_images, fold_single_frame
+from realgeneral.model.vae import decode_latents, encode_images, fold_single_frame
 
 
 @pytest.fixture

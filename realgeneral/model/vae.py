@@ -6,10 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLCogVideoX
-from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
-    CogVideoXCausalConv3d,
-    CogVideoXSpatialNorm3D,
-)
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d, CogVideoXSpatialNorm3D
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -19,18 +19,13 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from realgeneral.checks import check_base, check_conditions, check_joint, check_target
-from realgeneral.condition import ConditionAdaLN, ConditionCache, Site, norm_sites
-from realgeneral.embedding import Embedded, UnifiedConditionEmbedding
-from realgeneral.layout import Geometry, condition_names, get_preset, joint_layout, sublayout
-from realgeneral.patches import image_tokens, unpatchify
+from realgeneral.model.checks import check_base, check_conditions, check_joint, check_target
+from realgeneral.model.condition import ConditionAdaLN, ConditionCache, Site, norm_sites
+from realgeneral.model.embedding import Embedded, UnifiedConditionEmbedding
+from realgeneral.model.geometry import Geometry, image_tokens, unpatchify
+from realgeneral.model.presets import condition_names, get_preset, joint_layout, sublayout
 from realgeneral.tasks import DEFAULT_TASKS
-from rgkernels.cogvideox import (
-    KeyValue,
-    Rotary,
-    block_forward,
-    finish,
-)
+from rgkernels.cogvideox import KeyValue, Rotary, block_forward, finish
 from rgkernels.segments import SegmentLayout
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from realgeneral.condition import ConditionCache
-from realgeneral.embedding import Embedded
-from realgeneral.layout import Geometry, Preset
+from realgeneral.model.condition import ConditionCache
+from realgeneral.model.embedding import Embedded
+from realgeneral.model.geometry import Geometry
+from realgeneral.model.presets import Preset
 
 
 def check_base(config: Any) -> None:

@@ -1,0 +1,264 @@
+"""Adapters on disk: LoRA and condition branch in two safetensors files, written, checked and loaded.
+
+`pytorch_lora_weights.safetensors` loads in a plain diffusers `CogVideoXPipeline`; `realgeneral.safetensors` holds the condition
+AdaLN and embeddings, and in its metadata everything that must agree when it is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from realgeneral.errors import Failure, UsageError
+from realgeneral.files import replacing
+from realgeneral.model.adapter_info import AdapterInfo, check_fits, trained_on
+from realgeneral.model.lora import lora_layers, mark_trainable, target_layers
+from realgeneral.model.transformer import RealGeneralTransformer3DModel
+from realgeneral.nano.assets import resolve_adapter
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+CONDITION_FILE = "realgeneral.safetensors"
+# in the metadata of both files: the digest of the LoRA that the condition branch was trained with
+PAIR_KEY = "realgeneral_lora"
+Tensors = dict[str, torch.Tensor]
+
+
+def write_files(
+    lora_path: Path, branch_path: Path, lora: Tensors, lora_config: dict[str, Any], branch: Tensors, metadata: dict[str, str]
+) -> None:
+    """Write both files; the LoRA as diffusers' `save_lora_weights` does.
+
+    Args:
+        lora_path: File of the LoRA.
+        branch_path: File of the condition branch.
+        lora: CPU tensors, names as in PEFT.
+        lora_config: PEFT's settings.
+        branch: The condition branch, CPU tensors.
+        metadata: Of the condition branch.
+    """
+    pair = {PAIR_KEY: _digest(lora)}
+    config = json.dumps({f"transformer.{name}": value for name, value in lora_config.items()}, sort_keys=True)
+    named = {f"transformer.{name}": tensor for name, tensor in lora.items()}
+    _write(named, lora_path, {"format": "pt", LORA_ADAPTER_METADATA_KEY: config, **pair})
+    _write(branch, branch_path, {**metadata, **pair})
+
+
+def _write(tensors: Tensors, path: Path, metadata: dict[str, str]) -> None:
+    save_file(tensors, path, metadata)
+    # safetensors makes private files; these get the mode of any other new file
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+def _digest(tensors: Tensors) -> str:
+    """SHA-256 of names and bits."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def existing(folder: str | os.PathLike[str], name: str) -> Path:
+    """A file of an adapter folder; Failure if there is none."""
+    path = Path(folder) / name
+    if not path.is_file():
+        raise Failure(f"adapter folder {folder} must hold {name}, found none")
+    return path
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; Failure if it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise Failure(f"{path} must be a complete safetensors file, got: {error}") from None
+
+
+def read_tensors(path: Path) -> Tensors:
+    """All tensors of a safetensors file; Failure if it is damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise Failure(f"{path} must be a complete safetensors file, got: {error}") from None
+
+
+def check_pair(lora: Path, branch: Path) -> None:
+    """Failure if the files are of two trainings; without a mark (earlier versions, files made otherwise) they pass."""
+    marks = [read_metadata(path).get(PAIR_KEY) for path in (lora, branch)]
+    if None not in marks and marks[0] != marks[1]:
+        raise Failure(f"{lora} and {branch.name} must be of one training, got files of two")
+
+
+class AdapterTensors(NamedTuple):
+    """An adapter as it goes to disk: LoRA (names as in PEFT), PEFT's settings, and condition branch; CPU tensors."""
+
+    lora: dict[str, torch.Tensor]
+    lora_config: dict[str, Any]
+    branch: dict[str, torch.Tensor]
+
+
+def on_the_cpu(tensors: Tensors) -> Tensors:
+    """Copies on the CPU, apart from their graph."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def adapter_tensors(
+    transformer: RealGeneralTransformer3DModel, gather: Callable[[Tensors], Tensors] = on_the_cpu
+) -> AdapterTensors:
+    """Read the adapter out of a model.
+
+    Args:
+        transformer: Model with a LoRA named "default".
+        gather: Makes whole CPU tensors of the model's; another one where these are shards of several processes.
+    """
+    lora = gather(get_peft_model_state_dict(transformer))
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in transformer.peft_config["default"].to_dict().items()}
+    return AdapterTensors(lora, config, gather(dict(transformer.condition_parameters())))
+
+
+def save_adapter(
+    transformer: RealGeneralTransformer3DModel,
+    folder: str | os.PathLike[str],
+    info: AdapterInfo,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write both files; an existing adapter in `folder` stays intact until the new one is complete.
+
+    Args:
+        transformer: Model with a LoRA named "default".
+        folder: Created if missing.
+        info: From `adapter_info`.
+        dtype: Dtype on disk, None = as trained.
+    """
+    lora, config, branch = adapter_tensors(transformer)
+    lora, branch = ({name: x.to(dtype or x.dtype) for name, x in part.items()} for part in (lora, branch))
+    write_adapter(AdapterTensors(lora, config, branch), folder, info)
+
+
+def write_adapter(tensors: AdapterTensors, folder: str | os.PathLike[str], info: AdapterInfo) -> None:
+    """Write what `adapter_tensors` returned, as `save_adapter` does; one process is enough."""
+    folder = Path(folder)
+    try:
+        # both are complete before one takes its place
+        with replacing(folder / LORA_FILE) as lora, replacing(folder / CONDITION_FILE) as branch:
+            write_files(lora, branch, tensors.lora, tensors.lora_config, tensors.branch, info.to_metadata())
+    except (OSError, SafetensorError) as error:
+        raise Failure(f"adapter could not be written to {folder}: {error}") from None
+
+
+def read_adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
+    """Read the metadata of an adapter (folder, or "nano") without its weights; Failure if a file is missing or unreadable."""
+    path = existing(resolve_adapter(folder), CONDITION_FILE)
+    return AdapterInfo.from_metadata(read_metadata(path), path)
+
+
+def load_adapter(
+    transformer: RealGeneralTransformer3DModel,
+    folder: str | os.PathLike[str],
+    *,
+    preset: str | None = None,
+    other_weights: bool = False,
+) -> AdapterInfo:
+    """Load an adapter into a model of its base; tasks and preset of the model become the adapter's.
+
+    Args:
+        transformer: A model without a LoRA; changed in place.
+        folder: Folder with the two files, or "nano".
+        preset: If given, the preset that the adapter must have been trained in.
+        other_weights: Accept one that was trained on other weights of this geometry, to train it on; it is no use as it is.
+
+    Returns:
+        The adapter's description.
+
+    Raises:
+        UsageError: It was trained on another base or in another preset.
+        Failure: A file is missing, truncated, or the two do not belong together.
+    """
+    folder = resolve_adapter(folder)
+    info = read_adapter_info(folder)
+    lora_path, branch_path = existing(folder, LORA_FILE), existing(folder, CONDITION_FILE)
+    lora, branch = read_tensors(lora_path), read_tensors(branch_path)
+    # everything is checked before the model is touched
+    check_fits(transformer, info, preset)
+    if not other_weights and not trained_on(transformer, info):
+        raise UsageError(f"adapter must be for this base, got one trained on {info.base!r}, whose weights are others")
+    if lora_layers(transformer):
+        raise UsageError("transformer must have no LoRA before an adapter is loaded, got one: call unload_lora_weights() first")
+    _check_lora(transformer, lora, info, lora_path)
+    check_pair(lora_path, branch_path)
+    shapes = {name: p.shape for name, p in transformer.condition_parameters().items()}
+    shapes["condition_embedding.task.weight"] = torch.Size((len(info.tasks), transformer.geometry.dim))
+    check_branch(shapes, branch, branch_path)
+
+    transformer.configure_condition(info.task_names, info.preset)
+    copy_branch(transformer, branch, branch_path)
+    transformer.load_lora_adapter(str(folder), prefix="transformer", weight_name=LORA_FILE, adapter_name="default")
+    for parameter in mark_trainable(transformer):
+        # inference runs in the base's dtype; a trainer that goes on marks and fills them again
+        parameter.data = parameter.data.to(transformer.proj_out.weight.dtype)
+        parameter.requires_grad_(False)
+    return info
+
+
+def _check_lora(
+    transformer: RealGeneralTransformer3DModel, lora: dict[str, torch.Tensor], info: AdapterInfo, path: Path
+) -> None:
+    for name, tensor in lora.items():
+        module, _, part = name.removeprefix("transformer.").partition(".lora_")
+        try:
+            linear: Any = transformer.get_submodule(module)
+        except AttributeError:
+            linear = None
+        if part not in ("A.weight", "B.weight") or not isinstance(linear, nn.Linear):
+            raise Failure(f"{path} must hold LoRA weights of this base, got {name}")
+        rank = tensor.shape[0] if part == "A.weight" else tensor.shape[-1]
+        if rank != info.rank:
+            raise Failure(f"{path} must have rank {info.rank} like {CONDITION_FILE}, got {rank}")
+        wanted = [rank, linear.in_features] if part == "A.weight" else [linear.out_features, rank]
+        if list(tensor.shape) != wanted:
+            raise Failure(f"{name} in {path} must have shape {wanted}, got {list(tensor.shape)}")
+    stored = json.loads(read_metadata(path).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    alpha = stored.get("transformer.lora_alpha")
+    if alpha != info.alpha:
+        raise Failure(f"{path} must have alpha {info.alpha} like {CONDITION_FILE}, got {alpha}")
+    layers = {name for target in stored.get("transformer.target_modules", ()) for name in target_layers(transformer, target)}
+    wanted_names = {f"transformer.{layer}.lora_{part}.weight" for layer in layers for part in "AB"}
+    if odd := sorted(wanted_names ^ lora.keys()):
+        raise Failure(
+            f"{path} must hold the {len(wanted_names)} tensors of {len(layers)} layers, got {len(lora)}; first odd: {odd[0]}"
+        )
+
+
+def check_branch(shapes: Mapping[str, torch.Size], branch: dict[str, torch.Tensor], path: Path) -> None:
+    """Failure if the names or shapes of a condition branch's tensors differ from those wanted."""
+    if shapes.keys() != branch.keys():
+        odd = sorted(shapes.keys() ^ branch.keys())[0]
+        raise Failure(
+            f"{path} must hold the {len(shapes)} tensors of this base's condition branch, got {len(branch)}; first odd: {odd}"
+        )
+    for name, shape in shapes.items():
+        if shape != branch[name].shape:
+            raise Failure(f"{name} in {path} must have shape {list(shape)}, got {list(branch[name].shape)}")
+
+
+@torch.no_grad()
+def copy_branch(transformer: RealGeneralTransformer3DModel, branch: dict[str, torch.Tensor], path: Path) -> None:
+    """Copy the tensors of a condition branch into a model; Failure if names or shapes differ."""
+    own = transformer.condition_parameters()
+    check_branch({name: parameter.shape for name, parameter in own.items()}, branch, path)
+    for name, parameter in own.items():
+        parameter.copy_(branch[name])
