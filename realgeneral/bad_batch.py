@@ -15,7 +15,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from realgeneral.objective import Batch, Draws
+from realgeneral.data.samples import Batch
+from realgeneral.objective import Draws
 
 
 @dataclass

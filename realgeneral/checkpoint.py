@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from peft.utils import set_peft_model_state_dict
 
-from realgeneral.data import PairDataset
+from realgeneral.data.samples import PairDataset
 from realgeneral.errors import Failure, UsageError
 from realgeneral.files import check_output, replacing
 from realgeneral.mixture import Mixture

@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from realgeneral.arguments import check_steps
 from realgeneral.bases import load_pipeline
-from realgeneral.buckets import Size
-from realgeneral.data import PairDataset, Sample
+from realgeneral.data.rows import Source
+from realgeneral.data.samples import PairDataset, Sample
+from realgeneral.data.shapes import Size
 from realgeneral.errors import UsageError
 from realgeneral.files import check_output, write_json, write_text
 from realgeneral.metrics import edge_f1, feature_hits, image_features, psnr, ssim
@@ -27,7 +28,6 @@ from realgeneral.nano.pairs import TARGET_STYLES, NanoSource
 from realgeneral.pictures import picture_grid, save_picture, to_picture, to_pixels
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.preflight import open_base
-from realgeneral.records import Source
 from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.settings.sampling import sampling
 from realgeneral.tasks import get_task

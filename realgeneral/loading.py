@@ -8,17 +8,19 @@ from pathlib import Path
 import torch
 
 from realgeneral.bases import fingerprints
-from realgeneral.buckets import Bucketed, OneSize, Order, Size, bucket_sizes, read_shapes
-from realgeneral.data import PairDataset, TextCheck
+from realgeneral.data.order import Bucketed, OneSize, Order
+from realgeneral.data.rows import Source
+from realgeneral.data.samples import PairDataset, TextCheck
+from realgeneral.data.shapes import Size, bucket_sizes, read_shapes
+from realgeneral.data.store import Store
 from realgeneral.errors import UsageError
 from realgeneral.mixture import read_entries
+from realgeneral.model.geometry import NEWER_SIDES
 from realgeneral.objective import StoredTexts, TextCache, Texts
 from realgeneral.pipeline import RealGeneralPipeline
-from realgeneral.records import Source
 from realgeneral.settings.data import DataSettings
 from realgeneral.settings.train import TrainConfig
 from realgeneral.sources import BUILT_IN
-from realgeneral.store import Store
 from realgeneral.tasks import DEFAULT_TASKS, get_task
 
 
@@ -58,7 +60,7 @@ def run_buckets(config: DataSettings, pipe: RealGeneralPipeline) -> tuple[Size, 
     limit = None
     if geometry.patch_size_t:
         limit = min(geometry.sample_height, geometry.sample_width) * pipe.vae_scale_factor_spatial
-    return bucket_sizes(config.buckets, run_size(config, pipe), pipe.size_multiple, limit)
+    return bucket_sizes(config.buckets, run_size(config, pipe), pipe.size_multiple, limit, NEWER_SIDES if limit else None)
 
 
 def run_order(config: DataSettings, pipe: RealGeneralPipeline, source: Source, batch_size: int, seed: int) -> Order:

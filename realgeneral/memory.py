@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from realgeneral.buckets import Shape
+from realgeneral.data.shapes import Shape
 from realgeneral.diffusion import v_loss
 from realgeneral.model.presets import get_preset
 from realgeneral.model.vae import decode_latents, encode_images

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from realgeneral.data.rows import BaseSource, Block, Record, Source
 from realgeneral.errors import Failure, UsageError
-from realgeneral.records import BaseSource, Block, Record, Source
 from realgeneral.sources import BUILT_IN, Shards, open_source
 from realgeneral.tables import RowGroups
 from realgeneral.tasks import TASKS

@@ -4,43 +4,19 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from realgeneral.data import Sample
+from realgeneral.data.samples import Batch
+from realgeneral.data.store import Store
 from realgeneral.diffusion import noised, sample_timesteps, v_loss, v_target
-from realgeneral.errors import Failure
 from realgeneral.model.vae import encode_images
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.prompts import pool_subject, subject_span_mask
 from realgeneral.settings.train import TrainConfig
-from realgeneral.store import Store
-
-
-@dataclass
-class Batch:
-    """A micro-batch of samples.
-
-    `target` and `conditions` are pixels, [B, 3, H, W] and [B, K, 3, H, W]; if `encoded`, latents [B, C, h, w] and
-    [B, K, C, h, w].
-    """
-
-    numbers: list[int]
-    target: Tensor
-    conditions: Tensor
-    prompts: list[str]
-    tasks: list[str]
-    subjects: list[str | None]
-    names: list[str]
-    skipped: list[str]
-    encoded: bool = False
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on `device`."""
-        return replace(self, target=self.target.to(device), conditions=self.conditions.to(device))
 
 
 class Texts(Protocol):
@@ -133,26 +109,6 @@ class StoredTexts:
     def __call__(self, prompts: list[str]) -> Tensor:
         """[len(prompts), T, E] on the device."""
         return torch.stack([self.store.text(prompt) for prompt in prompts]).to(self.device)
-
-
-def collate(samples: list[Sample]) -> Batch:
-    """Stack samples; Failure if their numbers of condition images differ."""
-    counts = {len(s.conditions) for s in samples}
-    if len(counts) != 1:
-        raise Failure(
-            f"rows of one batch must have the same number of conditions, got {sorted(counts)}; --buckets groups such rows"
-        )
-    return Batch(
-        [s.number for s in samples],
-        torch.stack([s.target for s in samples]),
-        torch.stack([s.conditions for s in samples]),
-        [s.prompt for s in samples],
-        [s.task for s in samples],
-        [s.subject for s in samples],
-        [s.name for s in samples],
-        [name for s in samples for name in s.skipped],
-        samples[0].encoded,
-    )
 
 
 def encode_pictures(vae: Any, pixels: Tensor) -> Tensor:

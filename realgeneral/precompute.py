@@ -20,7 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from realgeneral.bases import fingerprints, load_encoders, load_for_data
-from realgeneral.data import Fitted, PairDataset, Part, TextCheck, variant_seed
+from realgeneral.data.samples import Fitted, PairDataset, Part, TextCheck, variant_seed
+from realgeneral.data.store import Store, StoreSettings, StoreWriter
+from realgeneral.data.workers import from_workers
 from realgeneral.errors import Failure, UsageError
 from realgeneral.loading import encoder_dtype, run_order, run_size, run_tasks
 from realgeneral.model.vae import encode_images
@@ -28,8 +30,6 @@ from realgeneral.objective import TextCache
 from realgeneral.pictures import to_pixels
 from realgeneral.settings.data import PrecomputeConfig
 from realgeneral.sources import open_source
-from realgeneral.store import Store, StoreSettings, StoreWriter
-from realgeneral.workers import from_workers
 
 # what a kill loses at most
 FLUSH_SECONDS = 60.0

@@ -10,7 +10,9 @@ from diffusers import CogVideoXDDIMScheduler
 
 from realgeneral.arguments import check_steps
 from realgeneral.bases import base_folder, load_for_data, reading
-from realgeneral.data import check_tasks
+from realgeneral.data.rows import Source
+from realgeneral.data.samples import check_tasks
+from realgeneral.data.store import check_settings, read_settings
 from realgeneral.errors import Failure, UsageError
 from realgeneral.kernels import check_kernels
 from realgeneral.loading import encoder_dtype, run_buckets, run_tasks
@@ -19,9 +21,7 @@ from realgeneral.model.adapter_info import check_fits
 from realgeneral.model.lora import check_targets
 from realgeneral.optimizers import check_optimizer
 from realgeneral.pipeline import RealGeneralPipeline
-from realgeneral.records import Source
 from realgeneral.settings.train import TrainConfig
-from realgeneral.store import check_settings, read_settings
 from realgeneral.tasks import get_task
 
 

@@ -6,12 +6,12 @@ import torch
 from PIL import Image
 
 from realgeneral.bases import lent
-from realgeneral.data import PairDataset, TextCheck
+from realgeneral.data.rows import Source
+from realgeneral.data.samples import PairDataset, TextCheck
 from realgeneral.model.adapter_info import AdapterInfo
 from realgeneral.objective import Texts
 from realgeneral.pictures import picture_grid, to_picture
 from realgeneral.pipeline import RealGeneralPipeline
-from realgeneral.records import Source
 from realgeneral.settings.train import TrainConfig
 from realgeneral.sources import BUILT_IN, built_in
 

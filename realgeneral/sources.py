@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from realgeneral.columns import ColumnMap, parse_columns
+from realgeneral.data.columns import ColumnMap, parse_columns
+from realgeneral.data.rows import BaseSource, Block, Picture, Record, Source, check_text, make_record
 from realgeneral.errors import Failure, UsageError
 from realgeneral.files import file_stamp
-from realgeneral.records import BaseSource, Block, Picture, Record, Source, check_text, make_record
 from realgeneral.tables import ParquetSource, RowGroups, open_huggingface
 
 BUILT_IN = ("nano", "avatars")

@@ -12,13 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from realgeneral.columns import ColumnMap
+from realgeneral.data.columns import ColumnMap
+from realgeneral.data.rows import WINDOW_BYTES, BaseSource, Block, Picture, Record, make_record
 from realgeneral.errors import Failure, UsageError
 from realgeneral.files import file_stamp
-from realgeneral.records import BaseSource, Block, Picture, Record, make_record
-
-# rows are shuffled within windows of row groups of at most so many bytes, so that one read of a group serves all of its rows
-WINDOW_BYTES = 2**29
 
 
 class RowGroups:

@@ -24,8 +24,11 @@ from tqdm.auto import tqdm
 
 from realgeneral import checkpoint
 from realgeneral.bad_batch import MicroBatch, save_bad_batch
-from realgeneral.buckets import Shape
-from realgeneral.data import PairDataset, RunSampler
+from realgeneral.data.order import RunSampler
+from realgeneral.data.rows import Source
+from realgeneral.data.samples import Batch, PairDataset, collate
+from realgeneral.data.shapes import Shape
+from realgeneral.data.workers import leave_signals, loaded
 from realgeneral.engine import Engine, Stop
 from realgeneral.errors import Failure, UsageError
 from realgeneral.loading import training_dataset, training_texts
@@ -33,18 +36,16 @@ from realgeneral.memory import MemoryBudget, StepShape, largest, memory_budget, 
 from realgeneral.model.adapter import adapter_tensors, write_adapter
 from realgeneral.model.adapter_info import AdapterInfo
 from realgeneral.models import load_models, place_models
-from realgeneral.objective import Batch, Draws, Texts, collate, training_loss
+from realgeneral.objective import Draws, Texts, training_loss
 from realgeneral.optimizers import learning_rate_factor, make_optimizer
 from realgeneral.pictures import save_picture
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.preflight import check_training
-from realgeneral.records import Source
 from realgeneral.samples import sample_grid
 from realgeneral.settings.train import TrainConfig
 from realgeneral.shards import whole
 from realgeneral.sources import open_source
 from realgeneral.tracking import MetricsLog, StepRecord, check_tracker
-from realgeneral.workers import leave_signals, loaded
 
 
 @dataclass

@@ -14,10 +14,10 @@ from functools import lru_cache
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
+from realgeneral.data.rows import BaseSource, Picture, Record
 from realgeneral.files import file_stamp
 from realgeneral.nano.assets import ASSETS
 from realgeneral.nano.emoji import of_split
-from realgeneral.records import BaseSource, Picture, Record
 
 PARQUET = ASSETS / "avatars.parquet"
 SIZE = 64

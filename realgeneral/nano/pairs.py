@@ -8,11 +8,11 @@ from dataclasses import replace
 
 from PIL import Image, ImageOps
 
+from realgeneral.data.rows import BaseSource, Picture, Record
 from realgeneral.files import file_stamp
 from realgeneral.nano.colours import colour_words
 from realgeneral.nano.emoji import PARQUET, Concept, caption, load_emoji
 from realgeneral.nano.latents import RECOLOURINGS
-from realgeneral.records import BaseSource, Picture, Record
 
 # the black-icon style is left to the base: as a target it is nearly its own edge map
 TARGET_STYLES = ("flat", "3d", "noto")

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from realgeneral.data.rows import Source
 from realgeneral.errors import Failure, UsageError
 from realgeneral.pictures import load_picture
-from realgeneral.records import Source
 from realgeneral.sources import PICTURES, open_source
 
 DREAMBENCH_FILE = "prompts_and_classes.txt"

@@ -15,12 +15,12 @@ from test_data import Rows, dataset, good_rows, picture, write_folder
 from test_pictures import encoded
 from torch.utils.data import DataLoader
 
-from realgeneral import buckets
-from realgeneral.buckets import Bucketed, Shape, bucket_sizes, epoch_order, nearest, read_shapes, standard_sizes
-from realgeneral.data import PairDataset, RunSampler
+from realgeneral.data import order as buckets
+from realgeneral.data.order import Bucketed, RunSampler, epoch_order
+from realgeneral.data.rows import Block
+from realgeneral.data.samples import Batch, PairDataset, collate
+from realgeneral.data.shapes import Shape, bucket_sizes, nearest, read_shapes, standard_sizes
 from realgeneral.errors import Failure, UsageError
-from realgeneral.objective import Batch, collate
-from realgeneral.records import Block
 from realgeneral.sources import open_source
 
 SIZES = ((32, 16), (16, 32), (32, 32))

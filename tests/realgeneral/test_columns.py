@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from realgeneral.columns import Cropped, crop_box, parse_columns
+from realgeneral.data.columns import Cropped, crop_box, parse_columns
 from realgeneral.errors import Failure, UsageError
 
 

@@ -19,14 +19,14 @@ from PIL import Image
 from test_pictures import bomb, encoded
 from torch.utils.data import DataLoader
 
-from realgeneral import data as data_module
-from realgeneral.data import PairDataset, RunSampler, TextCheck
+from realgeneral.data import samples as data_module
+from realgeneral.data.order import RunSampler
+from realgeneral.data.samples import PairDataset, TextCheck, collate
+from realgeneral.data.workers import from_workers
 from realgeneral.errors import Failure, UsageError
 from realgeneral.nano.pairs import NANO_TASKS, TARGET_STYLES, NanoSource
-from realgeneral.objective import collate
 from realgeneral.sources import open_source
 from realgeneral.tasks import depth_revision, get_task
-from realgeneral.workers import from_workers
 
 SIZE = (32, 16)
 Rows = list[dict[str, Any]]

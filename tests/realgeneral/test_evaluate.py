@@ -45,7 +45,7 @@ def _captions_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Emoji names are longer than the tiny text window."""
     monkeypatch.setattr("realgeneral.nano.pairs.caption", lambda concept, style, colours=(): "a red pot")
     monkeypatch.setattr(RealGeneralPipeline, "_subject_embeds", lambda *_: None)
-    monkeypatch.setattr("realgeneral.data.subject_span_mask", lambda *_: None)
+    monkeypatch.setattr("realgeneral.data.samples.subject_span_mask", lambda *_: None)
     monkeypatch.setattr("realgeneral.objective.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
 
 

@@ -19,11 +19,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from realgeneral import RealGeneralPipeline
 from realgeneral import train as train_module
-from realgeneral.buckets import Shape
+from realgeneral.data.samples import Batch
+from realgeneral.data.shapes import Shape
 from realgeneral.errors import Failure
 from realgeneral.memory import MemoryBudget, PeakBytes, StepShape, largest, memory_budget, nbytes, sample_bytes, step_bytes
 from realgeneral.models import load_models
-from realgeneral.objective import Batch, Draws, TextCache, training_loss
+from realgeneral.objective import Draws, TextCache, training_loss
 from realgeneral.settings.train import TrainConfig
 from realgeneral.train import train
 

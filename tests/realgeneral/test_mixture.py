@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from test_data import good_rows, picture, write_folder, write_parquet
 
-from realgeneral import buckets
-from realgeneral.buckets import epoch_order
 from realgeneral.check_data import check_data
-from realgeneral.data import PairDataset
+from realgeneral.data import order as buckets
+from realgeneral.data.order import epoch_order
+from realgeneral.data.rows import Block
+from realgeneral.data.samples import PairDataset
 from realgeneral.errors import Failure, UsageError
 from realgeneral.loading import run_tasks
 from realgeneral.precompute import precompute
-from realgeneral.records import Block
 from realgeneral.settings.data import CheckDataConfig, PrecomputeConfig
 from realgeneral.settings.train import TrainConfig
 from realgeneral.sources import open_source

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from PIL import Image, ImageColor
 
 from realgeneral import RealGeneralPipeline
-from realgeneral.data import PairDataset
+from realgeneral.data.samples import PairDataset
 from realgeneral.demo import demo
 from realgeneral.evaluate import avatar_pairs, evaluate, generate_all, interval, markdown, measures, nano_pairs
 from realgeneral.metrics import edge_f1, psnr, retrieval_hits, ssim

@@ -23,11 +23,11 @@ from test_pictures import encoded
 from transformers import T5EncoderModel
 
 from realgeneral import precompute as precompute_module
+from realgeneral.data.store import Store, StoreFailure
 from realgeneral.errors import Failure, UsageError
 from realgeneral.precompute import parse_shard, precompute
 from realgeneral.settings.data import PrecomputeConfig
 from realgeneral.settings.train import TrainConfig
-from realgeneral.store import Store, StoreFailure
 from realgeneral.train import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -144,7 +144,7 @@ def test_nano_data(training: Callable[..., TrainConfig], settings: Callable[...,
     monkeypatch.setattr(pairs, "load_emoji", lambda split, load=pairs.load_emoji: load(split)[:2])
     # as many colours as a draw tells, in words of the tiny text window
     monkeypatch.setattr(pairs, "caption", lambda concept, style, colours=(): " ".join(["a", *["red"] * len(colours), "pot"]))
-    monkeypatch.setattr("realgeneral.data.subject_span_mask", lambda *_: None)
+    monkeypatch.setattr("realgeneral.data.samples.subject_span_mask", lambda *_: None)
     monkeypatch.setattr("realgeneral.objective.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
     monkeypatch.setattr("realgeneral.pipeline.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
     common: dict[str, Any] = {"data": "nano", "tasks": ["colouring", "customization"], "buckets": []}

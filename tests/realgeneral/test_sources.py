@@ -13,8 +13,8 @@ from PIL import Image
 from test_data import Rows, Writer, good_rows, picture, write_folder, write_parquet, write_tar
 from test_pictures import encoded
 
+from realgeneral.data.rows import Picture
 from realgeneral.errors import Failure, UsageError
-from realgeneral.records import Picture
 from realgeneral.sources import open_source
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from processes import run_processes
 
-from realgeneral import store as store_module
+from realgeneral.data import store as store_module
+from realgeneral.data.store import Store, StoreFailure, StoreSettings, StoreWriter
 from realgeneral.errors import Failure, UsageError
-from realgeneral.store import Store, StoreFailure, StoreSettings, StoreWriter
 
 SETTINGS = StoreSettings("vae-1", "text-1", "float32", 12, 2)
 

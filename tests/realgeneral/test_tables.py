@@ -13,8 +13,9 @@ import pytest
 from conftest import make_photo
 from test_data import dataset, good_rows, picture, write_parquet
 
-from realgeneral import buckets, tables
-from realgeneral.columns import parse_columns
+from realgeneral import tables
+from realgeneral.data import order as buckets
+from realgeneral.data.columns import parse_columns
 from realgeneral.errors import Failure, UsageError
 from realgeneral.sources import open_source
 from realgeneral.tables import ParquetSource, RowGroups

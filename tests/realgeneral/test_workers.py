@@ -10,7 +10,7 @@ import pytest
 LOADER = """
 import time, torch
 from torch.utils.data import DataLoader
-from realgeneral.workers import leave_signals, loaded
+from realgeneral.data.workers import leave_signals, loaded
 
 class Rows(torch.utils.data.Dataset):
     def __len__(self):

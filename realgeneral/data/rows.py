@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
-from realgeneral.columns import Crop, Cropped, crop_box
+from realgeneral.data.columns import Crop, Cropped, crop_box
 from realgeneral.errors import Failure
 from realgeneral.pictures import load_picture, picture_size
 
@@ -179,3 +179,7 @@ def make_record(name: str, described: dict[str, Any], picture: Callable[[Any], P
         return Record(name, find(target), prompt, conditions, described.get("task"), described.get("subject"))
     except Failure as error:
         raise Failure(f"{name}: {error}") from None
+
+
+# rows are shuffled within windows of row groups of at most so many bytes, so that one read of a group serves all of its rows
+WINDOW_BYTES = 2**29

@@ -6,136 +6,16 @@ and each full list is a batch; a list that is left over is filled up with rows o
 
 from __future__ import annotations
 
-import hashlib
-import math
-import os
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from torch.utils.data import Sampler
 
-from realgeneral.errors import Failure, UsageError
-from realgeneral.files import replacing
-from realgeneral.model.geometry import NEWER_SIDES
-from realgeneral.records import Block, Source
-from realgeneral.tables import WINDOW_BYTES
-
-Size = tuple[int, int]  # width, height
-
-# width / height of a standard list
-RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1.0, 4 / 3, 3 / 2, 16 / 9, 2.0)
-
-
-def standard_sizes(width: int, height: int, multiple: int, sides: tuple[int, int] = (0, 2**31)) -> tuple[Size, ...]:
-    """Sizes of about the area width x height, one for each of RATIOS whose sides are within `sides`; the given size is one.
-
-    Args:
-        width: Pixels of the base's own size.
-        height: As width.
-        multiple: Sides are multiples of it.
-        sides: Least and greatest side.
-    """
-    area, found = width * height, {(width, height): None}
-    for ratio in RATIOS:
-        w, h = (round(math.sqrt(area * r) / multiple) * multiple for r in (ratio, 1 / ratio))
-        # rounding to a coarse multiple can miss the area, which is what a step costs
-        if sides[0] <= min(w, h) and max(w, h) <= sides[1] and min(w, h) > 0 and 0.8 < w * h / area < 1.25:
-            found[w, h] = None
-    return tuple(sorted(found))
-
-
-def bucket_sizes(specs: Sequence[str], size: Size, multiple: int, limit: int | None) -> tuple[Size, ...]:
-    """Read `--buckets`: "standard" and HEIGHTxWIDTH.
-
-    Args:
-        specs: What was given.
-        size: (width, height) of the run, the base's own unless set: the area of the standard list.
-        multiple: Sides must be multiples of it.
-        limit: Greatest side, of CogVideoX 1.5 only; at its standard area the standard list keeps to the trained sides.
-
-    Raises:
-        UsageError: Not a size, or one that the base cannot have.
-    """
-    sizes: dict[Size, None] = {}
-    for spec in specs:
-        if spec == "standard":
-            trained = limit and size[0] * size[1] == NEWER_SIDES[0] * NEWER_SIDES[1]
-            sides = NEWER_SIDES if trained else (0, limit or 2**31)
-            sizes.update(dict.fromkeys(standard_sizes(*size, multiple, sides)))
-            continue
-        parts = spec.lower().split("x")
-        if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-            raise UsageError(f"buckets must be standard or HEIGHTxWIDTH such as 480x720, got {spec!r}")
-        height, width = map(int, parts)
-        for side in (height, width):
-            if side < multiple or side % multiple or side > (limit or side):
-                most = f" of at most {limit}" if limit else ""
-                raise UsageError(f"sides of buckets must be positive multiples of {multiple}{most}, got {spec}")
-        sizes[width, height] = None
-    return tuple(sorted(sizes))
-
-
-def nearest(size: Size, sizes: Sequence[Size]) -> Size:
-    """The size whose aspect ratio is nearest on a log scale; of equals the largest."""
-    ratio = math.log(size[0] / size[1])
-    return min(sizes, key=lambda s: (round(abs(math.log(s[0] / s[1]) - ratio), 9), -s[0] * s[1], s))
-
-
-class Shape(NamedTuple):
-    """What a bucket asks of a row: the target's size in pixels and the number of condition pictures (at least 1)."""
-
-    width: int
-    height: int
-    conditions: int
-
-
-def read_shapes(source: Source) -> list[Shape | None]:
-    """Shapes of all rows from the pictures' headers; None for a row that has none to read.
-
-    They are kept under the user's cache folder until the files change.
-    """
-    stamp = source.stamp()
-    path = _cache_folder() / "shapes" / f"{hashlib.sha256(stamp.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.npy"
-    if stamp and path.is_file():
-        table = _load(path)
-        if table is not None and table.shape == (len(source), 3):
-            return [Shape(*row) if row[2] else None for row in table.tolist()]
-    shapes = [_shape(source, i) for i in tqdm(range(len(source)), desc="picture sizes", delay=2)]
-    if stamp:
-        _save(path, np.array([shape or (0, 0, 0) for shape in shapes], dtype=np.int32))
-    return shapes
-
-
-def _shape(source: Source, index: int) -> Shape | None:
-    try:
-        record = source.record(index, 0)
-        return Shape(*record.target.size(), max(1, len(record.conditions)))
-    except Failure:
-        return None
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "realgeneral"
-
-
-def _load(path: Path) -> np.ndarray | None:
-    try:
-        table: np.ndarray = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None  # half a file of a full disk: read the headers again
-    return table
-
-
-def _save(path: Path, table: np.ndarray) -> None:
-    try:
-        with replacing(path, shared=True) as partial, partial.open("wb") as file:
-            np.save(file, table)
-    except OSError as error:
-        print(f"picture sizes are not kept, next time they are read again: {error}")
+from realgeneral.data.rows import WINDOW_BYTES, Block
+from realgeneral.data.shapes import Shape, Size, nearest
 
 
 def epoch_order(blocks: Sequence[Block], seed: int, epoch: int) -> list[int]:
@@ -278,3 +158,22 @@ class Bucketed:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
         self._epoch, self._rows, self._batches = epoch, rows, batches
+
+
+class RunSampler(Sampler[int]):
+    """Sample numbers of one process from a starting step on.
+
+    `run` consecutive samples go to one process, the next ones to the next: 1 interleaves the samples, a batch size the batches.
+    `start` and `stop` are multiples of run x world.
+    """
+
+    def __init__(self, start: int, stop: int, rank: int, world: int, run: int = 1) -> None:
+        self.start, self.stop, self.rank, self.world, self.run = start, stop, rank, world, run
+
+    def __iter__(self) -> Iterator[int]:
+        for first in range(self.start + self.rank * self.run, self.stop, self.world * self.run):
+            yield from range(first, min(first + self.run, self.stop))
+
+    def __len__(self) -> int:
+        firsts = range(self.start + self.rank * self.run, self.stop, self.world * self.run)
+        return len(firsts) * self.run - max(0, firsts[-1] + self.run - self.stop) if firsts else 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
-from realgeneral.buckets import OneSize, Order, Size
+from realgeneral.data.order import OneSize, Order
+from realgeneral.data.rows import Picture, Record, Source
+from realgeneral.data.shapes import Size
+from realgeneral.data.store import Store, StoreFailure
 from realgeneral.errors import Failure, UsageError
 from realgeneral.files import file_stamp, folder_fingerprint
 from realgeneral.pictures import fit_picture, to_pixels
 from realgeneral.prompts import cut_prompt, subject_span_mask, token_count
-from realgeneral.records import Picture, Record, Source
-from realgeneral.store import Store, StoreFailure
 from realgeneral.tasks import DepthTask, Task, depth_revision, get_task
 
 
@@ -272,20 +273,44 @@ class PairDataset(Dataset[Sample]):
         return to_pixels(part.image())
 
 
-class RunSampler(Sampler[int]):
-    """Sample numbers of one process from a starting step on.
+@dataclass
+class Batch:
+    """A micro-batch of samples.
 
-    `run` consecutive samples go to one process, the next ones to the next: 1 interleaves the samples, a batch size the batches.
-    `start` and `stop` are multiples of run x world.
+    `target` and `conditions` are pixels, [B, 3, H, W] and [B, K, 3, H, W]; if `encoded`, latents [B, C, h, w] and
+    [B, K, C, h, w].
     """
 
-    def __init__(self, start: int, stop: int, rank: int, world: int, run: int = 1) -> None:
-        self.start, self.stop, self.rank, self.world, self.run = start, stop, rank, world, run
+    numbers: list[int]
+    target: Tensor
+    conditions: Tensor
+    prompts: list[str]
+    tasks: list[str]
+    subjects: list[str | None]
+    names: list[str]
+    skipped: list[str]
+    encoded: bool = False
 
-    def __iter__(self) -> Iterator[int]:
-        for first in range(self.start + self.rank * self.run, self.stop, self.world * self.run):
-            yield from range(first, min(first + self.run, self.stop))
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`."""
+        return replace(self, target=self.target.to(device), conditions=self.conditions.to(device))
 
-    def __len__(self) -> int:
-        firsts = range(self.start + self.rank * self.run, self.stop, self.world * self.run)
-        return len(firsts) * self.run - max(0, firsts[-1] + self.run - self.stop) if firsts else 0
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack samples; Failure if their numbers of condition images differ."""
+    counts = {len(s.conditions) for s in samples}
+    if len(counts) != 1:
+        raise Failure(
+            f"rows of one batch must have the same number of conditions, got {sorted(counts)}; --buckets groups such rows"
+        )
+    return Batch(
+        [s.number for s in samples],
+        torch.stack([s.target for s in samples]),
+        torch.stack([s.conditions for s in samples]),
+        [s.prompt for s in samples],
+        [s.task for s in samples],
+        [s.subject for s in samples],
+        [s.name for s in samples],
+        [name for s in samples for name in s.skipped],
+        samples[0].encoded,
+    )

@@ -14,7 +14,6 @@ from realgeneral.errors import Failure, UsageError
 
 FIELDS = ("target", "prompt", "condition", "task", "subject")
 PICTURE_FIELDS = ("target", "condition")
-
 # left, top, right, bottom as fractions of the picture
 Crop = tuple[float, float, float, float]
 CROPS: Mapping[str, Crop] = {
@@ -115,7 +114,6 @@ def _cropped(value: Any, crop: Crop | None) -> Any:
 
 # a pair of 512 px pictures with borders of 8 and 16 px in one of 1056 x 528 (the crops of its authors' trainer)
 _PAIR = {"left": (8 / 1056, 8 / 528, 520 / 1056, 520 / 528), "right": (528 / 1056, 8 / 528, 1040 / 1056, 520 / 528)}
-
 READY: Mapping[str, Mapping[str, tuple[Column, ...]]] = {
     # Yuanshi/Subjects200K: the subject on the left, in another scene on the right
     "subjects200k": {
