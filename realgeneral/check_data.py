@@ -18,12 +18,12 @@ from realgeneral.data.order import Bucketed, OneSize
 from realgeneral.data.rows import Record, Source
 from realgeneral.data.samples import PairDataset, TextCheck
 from realgeneral.data.shapes import Shape, Size
+from realgeneral.data.sources.open import open_source
 from realgeneral.data.workers import from_workers
 from realgeneral.errors import Failure
 from realgeneral.files import write_text
 from realgeneral.loading import describe, run_buckets, run_size, run_tasks
 from realgeneral.settings.data import CheckDataConfig
-from realgeneral.sources import open_source
 
 LISTED = 10  # examples of each thing that a person sees; the JSON has all bad rows
 REASONS = (

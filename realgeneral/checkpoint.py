@@ -22,7 +22,6 @@ from peft.utils import set_peft_model_state_dict
 from realgeneral.data.samples import PairDataset
 from realgeneral.errors import Failure, UsageError
 from realgeneral.files import check_output, replacing
-from realgeneral.mixture import Mixture
 from realgeneral.model.adapter import (
     CONDITION_FILE,
     LORA_FILE,
@@ -90,7 +89,7 @@ def start_or_resume(config: TrainConfig, output: Path, processes: int = 1, tell:
 def data_facts(dataset: PairDataset) -> dict[str, Any]:
     """What a run's order and draws depend on in its data, wherever it is."""
     facts: dict[str, Any] = {"rows": len(dataset.source), "variants": dataset.variants}
-    if isinstance(dataset.source, Mixture):
+    if dataset.source.shares:
         facts["(rows, repeat, task) of data sets"] = dataset.source.shares
     return facts
 

@@ -18,13 +18,13 @@ from realgeneral.bases import load_pipeline
 from realgeneral.data.rows import Source
 from realgeneral.data.samples import PairDataset, Sample
 from realgeneral.data.shapes import Size
+from realgeneral.data.sources.packaged import TARGET_STYLES, AvatarSource, NanoSource
 from realgeneral.errors import UsageError
 from realgeneral.files import check_output, write_json, write_text
 from realgeneral.metrics import edge_f1, feature_hits, image_features, psnr, ssim
 from realgeneral.model.adapter import read_adapter_info
 from realgeneral.model.adapter_info import AdapterInfo, check_fits, library_versions
-from realgeneral.nano.avatars import FACES, AvatarSource
-from realgeneral.nano.pairs import TARGET_STYLES, NanoSource
+from realgeneral.nano.avatars import FACES
 from realgeneral.pictures import picture_grid, save_picture, to_picture, to_pixels
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.preflight import open_base

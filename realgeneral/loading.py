@@ -12,15 +12,15 @@ from realgeneral.data.order import Bucketed, OneSize, Order
 from realgeneral.data.rows import Source
 from realgeneral.data.samples import PairDataset, TextCheck
 from realgeneral.data.shapes import Size, bucket_sizes, read_shapes
+from realgeneral.data.sources.lists import read_entries
+from realgeneral.data.sources.packaged import BUILT_IN
 from realgeneral.data.store import Store
 from realgeneral.errors import UsageError
-from realgeneral.mixture import read_entries
 from realgeneral.model.geometry import NEWER_SIDES
 from realgeneral.objective import StoredTexts, TextCache, Texts
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.settings.data import DataSettings
 from realgeneral.settings.train import TrainConfig
-from realgeneral.sources import BUILT_IN
 from realgeneral.tasks import DEFAULT_TASKS, get_task
 
 
@@ -28,7 +28,7 @@ def run_tasks(specs: Sequence[str], data: str) -> list[str]:
     """The tasks of a run: those asked for, else nano's six for its data and the paper's seven for others."""
     specs = list(specs)
     if not specs and _packaged(data):
-        from realgeneral.nano.pairs import NANO_TASKS
+        from realgeneral.data.sources.packaged import NANO_TASKS
 
         specs = list(NANO_TASKS)
     try:

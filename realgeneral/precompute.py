@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from realgeneral.bases import fingerprints, load_encoders, load_for_data
 from realgeneral.data.samples import Fitted, PairDataset, Part, TextCheck, variant_seed
+from realgeneral.data.sources.open import open_source
 from realgeneral.data.store import Store, StoreSettings, StoreWriter
 from realgeneral.data.workers import from_workers
 from realgeneral.errors import Failure, UsageError
@@ -29,7 +30,6 @@ from realgeneral.model.vae import encode_images
 from realgeneral.objective import TextCache
 from realgeneral.pictures import to_pixels
 from realgeneral.settings.data import PrecomputeConfig
-from realgeneral.sources import open_source
 
 # what a kill loses at most
 FLUSH_SECONDS = 60.0

@@ -8,12 +8,12 @@ from PIL import Image
 from realgeneral.bases import lent
 from realgeneral.data.rows import Source
 from realgeneral.data.samples import PairDataset, TextCheck
+from realgeneral.data.sources.packaged import BUILT_IN, built_in
 from realgeneral.model.adapter_info import AdapterInfo
 from realgeneral.objective import Texts
 from realgeneral.pictures import picture_grid, to_picture
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.settings.train import TrainConfig
-from realgeneral.sources import BUILT_IN, built_in
 
 
 def sample_grid(

@@ -28,6 +28,7 @@ from realgeneral.data.order import RunSampler
 from realgeneral.data.rows import Source
 from realgeneral.data.samples import Batch, PairDataset, collate
 from realgeneral.data.shapes import Shape
+from realgeneral.data.sources.open import open_source
 from realgeneral.data.workers import leave_signals, loaded
 from realgeneral.engine import Engine, Stop
 from realgeneral.errors import Failure, UsageError
@@ -44,7 +45,6 @@ from realgeneral.preflight import check_training
 from realgeneral.samples import sample_grid
 from realgeneral.settings.train import TrainConfig
 from realgeneral.shards import whole
-from realgeneral.sources import open_source
 from realgeneral.tracking import MetricsLog, StepRecord, check_tracker
 
 

@@ -101,6 +101,8 @@ class Source(Protocol):
     seeded: bool
     # tasks that some of its rows are known to be of before they are read
     tasks: frozenset[str]
+    # of a list of data sets: (rows, repeat, task) of each, on which a run's order and draws depend
+    shares: Sequence[Sequence[Any]]
 
     def __len__(self) -> int: ...
 
@@ -126,6 +128,7 @@ class BaseSource:
 
     seeded = False
     tasks: frozenset[str] = frozenset()
+    shares: Sequence[Sequence[Any]] = ()
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from realgeneral.data.samples import collate
+from realgeneral.data.sources.packaged import NANO_TASKS
 from realgeneral.errors import Failure, UsageError
 from realgeneral.evaluate import NanoPairs, generate_all, measures, nano_pairs
 from realgeneral.files import write_json, write_text
@@ -29,7 +30,6 @@ from realgeneral.metrics import RESAMPLES, Score, bootstrap
 from realgeneral.model.adapter_info import library_versions
 from realgeneral.model.vae import fold_single_frame
 from realgeneral.nano.common import log
-from realgeneral.nano.pairs import NANO_TASKS
 from realgeneral.objective import Draws, TextCache, training_loss
 from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.protocols.generation import weights_fingerprint

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from realgeneral.nano.avatars import EYES, FACES, MOUTHS, PARQUET, SIZE, pack_faces
+from realgeneral.nano.avatars import AVATARS_PARQUET, EYES, FACES, MOUTHS, SIZE, pack_faces
 from realgeneral.nano.common import log
 
 PACKAGES = {"dicebear-core": "10.7.0", "dicebear-styles": "10.6.0"}
@@ -118,7 +118,7 @@ def avatars_of(name: str, counts: dict[str, int], share: float) -> list[dict[str
 def main(argv: list[str] | None = None) -> None:
     """Build the parquet file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--out", type=Path, default=PARQUET)
+    parser.add_argument("--out", type=Path, default=AVATARS_PARQUET)
     parser.add_argument("--train", type=int, default=700, help="avatars to train on")
     parser.add_argument("--held-out", type=int, default=200, help="avatars kept from training")
     parser.add_argument("--held-out-shapes", type=float, default=0.25, help="share of the shapes kept from training")

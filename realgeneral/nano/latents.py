@@ -25,6 +25,7 @@ from diffusers import AutoencoderKLCogVideoX
 from PIL import Image
 from torch.nn import functional as F
 
+from realgeneral.data.sources.packaged import RECOLOURINGS
 from realgeneral.model.vae import encode_images
 from realgeneral.nano.colours import colour_words
 from realgeneral.nano.common import log
@@ -42,10 +43,17 @@ MOTIONS = (
     "turning right",
     "flipping",
 )
+
+
 COLOUR_STYLES = ("flat", "3d", "noto")
-RECOLOURINGS = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+
+
 STAGES = (1 / 3, 2 / 3, 1.0)
+
+
 COPIES = ("plain", "mirrored", "recoloured")
+
+
 PICTURES_AT_ONCE = 512  # encoded together
 
 
@@ -80,6 +88,8 @@ class Entries:
 
 
 EMOJI = Entries(STYLES, COLOUR_STYLES, motions=2)
+
+
 ICONS = Entries(("icon",), ("icon",), motions=1)
 
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from PIL import Image
 
 from realgeneral.data.rows import Source
+from realgeneral.data.sources.folder import PICTURES
+from realgeneral.data.sources.open import open_source
 from realgeneral.errors import Failure, UsageError
 from realgeneral.pictures import load_picture
-from realgeneral.sources import PICTURES, open_source
 
 DREAMBENCH_FILE = "prompts_and_classes.txt"
 # DreamBench has two prompt lists and does not say which subject takes which; its nine live subjects are these classes

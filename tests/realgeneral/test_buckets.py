@@ -15,13 +15,14 @@ from test_data import Rows, dataset, good_rows, picture, write_folder
 from test_pictures import encoded
 from torch.utils.data import DataLoader
 
-from realgeneral.data import order as buckets
+from realgeneral.data import order as order_module
+from realgeneral.data import shapes as shapes_module
 from realgeneral.data.order import Bucketed, RunSampler, epoch_order
 from realgeneral.data.rows import Block
 from realgeneral.data.samples import Batch, PairDataset, collate
 from realgeneral.data.shapes import Shape, bucket_sizes, nearest, read_shapes, standard_sizes
+from realgeneral.data.sources.open import open_source
 from realgeneral.errors import Failure, UsageError
-from realgeneral.sources import open_source
 
 SIZES = ((32, 16), (16, 32), (32, 32))
 
@@ -173,7 +174,7 @@ def test_a_bucket_of_bad_rows_only(tmp_path: Path) -> None:
 
 def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a storage block stay within a window of blocks; each epoch is a permutation, also with ragged blocks."""
-    monkeypatch.setattr(buckets, "WINDOW_BYTES", 25)
+    monkeypatch.setattr(order_module, "WINDOW_BYTES", 25)
     blocks = [Block(4, 10), Block(3, 10), Block(5, 10), Block(1, 100), Block(2, 10)]
     orders = [epoch_order(blocks, 0, epoch) for epoch in range(3)]
     assert all(sorted(order) == list(range(15)) for order in orders)
@@ -198,13 +199,13 @@ def test_shapes_are_kept_until_files_change(tmp_path: Path, cache: Path, monkeyp
     first = read_shapes(open_source(path))
     assert first == [Shape(40, 24, 1)] * 3
     (kept,) = (cache / "realgeneral" / "shapes").iterdir()
-    original, calls = buckets._shape, [0]
+    original, calls = shapes_module._shape, [0]
 
     def counting(*args: Any) -> Any:
         calls[0] += 1
         return original(*args)
 
-    monkeypatch.setattr(buckets, "_shape", counting)
+    monkeypatch.setattr(shapes_module, "_shape", counting)
     assert read_shapes(open_source(path)) == first
     assert calls == [0]
     kept.write_bytes(kept.read_bytes()[:90])

@@ -136,7 +136,7 @@ def test_only_bad_rows(bases: dict[str, Path], tmp_path: Path) -> None:
 
 def test_the_packaged_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no bad row and fits its base (the first concepts of it, for speed)."""
-    from realgeneral.nano import pairs
+    from realgeneral.data.sources import packaged as pairs
 
     monkeypatch.setattr(pairs, "load_emoji", lambda split, load=pairs.load_emoji: load(split)[:20])
     report = check_data(CheckDataConfig(headers_only=True, buckets=["standard"]))

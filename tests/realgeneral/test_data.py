@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 from realgeneral.data import samples as data_module
 from realgeneral.data.order import RunSampler
 from realgeneral.data.samples import PairDataset, TextCheck, collate
+from realgeneral.data.sources.open import open_source
+from realgeneral.data.sources.packaged import NANO_TASKS, TARGET_STYLES, NanoSource
 from realgeneral.data.workers import from_workers
 from realgeneral.errors import Failure, UsageError
-from realgeneral.nano.pairs import NANO_TASKS, TARGET_STYLES, NanoSource
-from realgeneral.sources import open_source
 from realgeneral.tasks import depth_revision, get_task
 
 SIZE = (32, 16)

@@ -43,7 +43,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def _captions_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Emoji names are longer than the tiny text window."""
-    monkeypatch.setattr("realgeneral.nano.pairs.caption", lambda concept, style, colours=(): "a red pot")
+    monkeypatch.setattr("realgeneral.data.sources.packaged.caption", lambda concept, style, colours=(): "a red pot")
     monkeypatch.setattr(RealGeneralPipeline, "_subject_embeds", lambda *_: None)
     monkeypatch.setattr("realgeneral.data.samples.subject_span_mask", lambda *_: None)
     monkeypatch.setattr("realgeneral.objective.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))

@@ -15,12 +15,12 @@ from realgeneral.data import order as buckets
 from realgeneral.data.order import epoch_order
 from realgeneral.data.rows import Block
 from realgeneral.data.samples import PairDataset
+from realgeneral.data.sources.open import open_source
 from realgeneral.errors import Failure, UsageError
 from realgeneral.loading import run_tasks
 from realgeneral.precompute import precompute
 from realgeneral.settings.data import CheckDataConfig, PrecomputeConfig
 from realgeneral.settings.train import TrainConfig
-from realgeneral.sources import open_source
 from realgeneral.train import train
 
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageColor
 
 from realgeneral import RealGeneralPipeline
 from realgeneral.data.samples import PairDataset
+from realgeneral.data.sources.packaged import NANO_TASKS, TARGET_STYLES, NanoSource
 from realgeneral.demo import demo
 from realgeneral.evaluate import avatar_pairs, evaluate, generate_all, interval, markdown, measures, nano_pairs
 from realgeneral.metrics import edge_f1, psnr, retrieval_hits, ssim
@@ -21,8 +22,7 @@ from realgeneral.model.adapter import read_adapter_info
 from realgeneral.model.vae import decode_latents, encode_images, fold_single_frame
 from realgeneral.nano.assets import ASSETS
 from realgeneral.nano.colours import COLOURS, colour_words
-from realgeneral.nano.emoji import PARQUET, STYLES, Concept, caption, load_emoji
-from realgeneral.nano.pairs import NANO_TASKS, TARGET_STYLES, NanoSource
+from realgeneral.nano.emoji import EMOJI_PARQUET, STYLES, Concept, caption, load_emoji
 from realgeneral.nano.train_vae import decoder_terms, latent_noise
 from realgeneral.pictures import to_pixels
 from realgeneral.settings.evaluate import EvaluateConfig
@@ -43,7 +43,7 @@ def test_assets_are_small_and_licensed() -> None:
     weights = list(ASSETS.rglob("*.safetensors"))
     assert {p.parent.name for p in weights} == {"vae", "transformer", "text_encoder", "adapter"}
     assert sum(p.stat().st_size for p in weights) < 35e6
-    assert PARQUET.stat().st_size < 6.5e6
+    assert EMOJI_PARQUET.stat().st_size < 6.5e6
     assert {p.name for p in (ASSETS / "licenses").iterdir()} >= {"README.md", "APACHE-2.0.txt", "MIT-fluent-emoji.txt"}
 
 

@@ -8,10 +8,11 @@ import torch
 from PIL import Image, ImageColor, ImageOps
 
 from realgeneral import RealGeneralPipeline
+from realgeneral.data.sources.open import open_source
+from realgeneral.data.sources.packaged import AvatarSource
 from realgeneral.evaluate import FACE_CHANGE, STYLE_CHANGE, avatar_pairs, measures, table_pairs
 from realgeneral.nano import avatars as module
-from realgeneral.nano.avatars import BACKGROUNDS, EYES, FACES, MOUTHS, PARQUET, AvatarSource, load_avatars, pack_faces
-from realgeneral.sources import open_source
+from realgeneral.nano.avatars import AVATARS_PARQUET, BACKGROUNDS, EYES, FACES, MOUTHS, load_avatars, pack_faces
 
 TEXT_WINDOW = 16
 
@@ -21,7 +22,7 @@ def test_avatars_and_split() -> None:
     train, held_out = load_avatars("train"), load_avatars("held_out")
     assert len(train) + len(held_out) == len(load_avatars()) == 900
     assert len(held_out) == 200
-    assert PARQUET.stat().st_size < 2.2e6
+    assert AVATARS_PARQUET.stat().st_size < 2.2e6
     assert not {a.shape for a in train} & {a.shape for a in held_out}
     for avatar in train[::60] + held_out[::20]:
         assert set(avatar.eyes) == set(EYES)

@@ -139,7 +139,7 @@ def test_endless_draws_equal_where_nothing_is_drawn(
 
 def test_nano_data(training: Callable[..., TrainConfig], settings: Callable[..., PrecomputeConfig], monkeypatch: Any) -> None:
     """The packaged data augments its pictures at random: its draws are stored too."""
-    from realgeneral.nano import pairs
+    from realgeneral.data.sources import packaged as pairs
 
     monkeypatch.setattr(pairs, "load_emoji", lambda split, load=pairs.load_emoji: load(split)[:2])
     # as many colours as a draw tells, in words of the tiny text window

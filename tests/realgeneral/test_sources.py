@@ -14,8 +14,8 @@ from test_data import Rows, Writer, good_rows, picture, write_folder, write_parq
 from test_pictures import encoded
 
 from realgeneral.data.rows import Picture
+from realgeneral.data.sources.open import open_source
 from realgeneral.errors import Failure, UsageError
-from realgeneral.sources import open_source
 
 
 @pytest.mark.parametrize("writer", [write_parquet, write_tar])

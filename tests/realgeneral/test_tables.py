@@ -13,12 +13,12 @@ import pytest
 from conftest import make_photo
 from test_data import dataset, good_rows, picture, write_parquet
 
-from realgeneral import tables
 from realgeneral.data import order as buckets
 from realgeneral.data.columns import parse_columns
+from realgeneral.data.sources import tables
+from realgeneral.data.sources.open import open_source
+from realgeneral.data.sources.tables import ParquetSource, RowGroups
 from realgeneral.errors import Failure, UsageError
-from realgeneral.sources import open_source
-from realgeneral.tables import ParquetSource, RowGroups
 
 
 def write_groups(path: Path, rows: int, group: int, start: int = 0) -> Path:

@@ -1,9 +1,9 @@
-"""Several data sets as one: a .json list of what to train on, how often, and as which task."""
+"""Several sources as one: shards, and the data sets of a .json list with how often and as which task they come."""
 
 from __future__ import annotations
 
-import glob
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -11,9 +11,44 @@ from typing import Any
 
 from realgeneral.data.rows import BaseSource, Block, Record, Source
 from realgeneral.errors import Failure, UsageError
-from realgeneral.sources import BUILT_IN, Shards, open_source
-from realgeneral.tables import RowGroups
 from realgeneral.tasks import TASKS
+
+
+class Shards(BaseSource):
+    """Several sources one after the other."""
+
+    def __init__(self, parts: Sequence[Source]) -> None:
+        self.parts = list(parts)
+        self.starts = [0]
+        for part in parts:
+            self.starts.append(self.starts[-1] + len(part))
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def _find(self, index: int) -> tuple[Source, int]:
+        part = bisect_right(self.starts, index) - 1
+        return self.parts[part], index - self.starts[part]
+
+    def row_name(self, index: int) -> str:
+        """The part's name of the row."""
+        part, inside = self._find(index)
+        return part.row_name(inside)
+
+    def record(self, index: int, seed: int) -> Record:
+        """The part's record."""
+        part, inside = self._find(index)
+        return part.record(inside, seed)
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The parts' blocks."""
+        return [block for part in self.parts for block in part.blocks]
+
+    def stamp(self) -> str:
+        """The parts' stamps."""
+        stamps = [part.stamp() for part in self.parts]
+        return "\n".join(stamps) if all(stamps) else ""
 
 
 @dataclass(frozen=True)
@@ -71,41 +106,19 @@ class Mixture(Shards):
     """The data sets of a list, one after the other; rows of one with `repeat` n are there n times.
 
     Args:
-        path: The .json file: a list of objects with the fields of `Entry`.
+        entries: The list.
+        sources: Its data sets, opened.
         repeats: False: each data set once, for what needs a row once.
-
-    Raises:
-        UsageError: It says something else.
-        Failure: A data set of it cannot be opened.
     """
 
-    def __init__(self, path: Path, repeats: bool = True) -> None:
-        entries, groups = read_entries(path), RowGroups()
+    def __init__(self, entries: Sequence[Entry], sources: Sequence[Source], repeats: bool = True) -> None:
         members: list[Member] = []
-        # what a run's order and draws depend on
-        self.shares: list[list[Any]] = []
-        for i, entry in enumerate(entries, 1):
-            try:
-                source = open_source(_beside(path, entry.data), [_map_beside(path, c) for c in entry.columns], groups=groups)
-            except (UsageError, Failure) as error:
-                raise type(error)(f"{path} entry {i}: {error}") from None
+        for entry, source in zip(entries, sources, strict=True):
             members += [Member(source, entry)] * (entry.repeat if repeats else 1)
-            self.shares.append([len(source), entry.repeat, entry.task])
         super().__init__(members)
+        self.shares = [[len(source), entry.repeat, entry.task] for entry, source in zip(entries, sources, strict=True)]
         self.seeded = any(member.seeded for member in members)
         self.tasks = frozenset(entry.task for entry in entries if entry.task)
-
-
-def _beside(path: Path, data: str) -> str:
-    """`data` with a relative path made relative to the list's folder."""
-    if data in BUILT_IN or data.startswith("hf:"):
-        return data
-    folder = str(path.parent)
-    return str(Path(glob.escape(folder) if glob.has_magic(data) else folder) / data)
-
-
-def _map_beside(path: Path, column: str) -> str:
-    return str(path.parent / column) if column.endswith((".json", ".yaml", ".yml")) else column
 
 
 def read_entries(path: Path) -> list[Entry]:
