@@ -12,12 +12,12 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
 from diffusers.utils import logging
 from transformers import T5Config, T5EncoderModel
 
+from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.loading import run_tasks
 from realgeneral.memory import GIB, StepShape, memory_budget
 from realgeneral.model.lora import add_lora
 from realgeneral.model.transformer import RealGeneralTransformer3DModel
 from realgeneral.model.vae import fold_single_frame
-from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.recompute import checkpointing
 from realgeneral.settings.train import TrainConfig
 from realgeneral.tasks import get_task

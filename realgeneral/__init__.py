@@ -6,10 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from realgeneral.generation.pipeline import RealGeneralPipeline
     from realgeneral.model.adapter import save_adapter
     from realgeneral.model.lora import merge_lora, unmerge_lora
     from realgeneral.model.transformer import RealGeneralTransformer3DModel
-    from realgeneral.pipeline import RealGeneralPipeline
     from rgkernels import __version__
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
 
 # torch, diffusers and transformers take seconds to import; `realgeneral --help` does without them
 _LAZY = {
-    "RealGeneralPipeline": "realgeneral.pipeline",
+    "RealGeneralPipeline": "realgeneral.generation.pipeline",
     "RealGeneralTransformer3DModel": "realgeneral.model.transformer",
     "merge_lora": "realgeneral.model.lora",
     "save_adapter": "realgeneral.model.adapter",

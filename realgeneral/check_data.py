@@ -13,7 +13,6 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from realgeneral.bases import load_for_data
 from realgeneral.data.order import Bucketed, OneSize
 from realgeneral.data.rows import Record, Source
 from realgeneral.data.samples import PairDataset, TextCheck
@@ -22,6 +21,7 @@ from realgeneral.data.sources.open import open_source
 from realgeneral.data.workers import from_workers
 from realgeneral.errors import Failure
 from realgeneral.files import write_text
+from realgeneral.generation.bases import load_for_data
 from realgeneral.loading import describe, run_buckets, run_size, run_tasks
 from realgeneral.settings.data import CheckDataConfig
 

@@ -13,21 +13,20 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from realgeneral.arguments import check_steps
-from realgeneral.bases import load_pipeline
 from realgeneral.data.rows import Source
 from realgeneral.data.samples import PairDataset, Sample
 from realgeneral.data.shapes import Size
 from realgeneral.data.sources.packaged import TARGET_STYLES, AvatarSource, NanoSource
 from realgeneral.errors import UsageError
 from realgeneral.files import check_output, write_json, write_text
+from realgeneral.generation.arguments import check_steps
+from realgeneral.generation.bases import load_pipeline, open_base
+from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.metrics import edge_f1, feature_hits, image_features, psnr, ssim
 from realgeneral.model.adapter import read_adapter_info
 from realgeneral.model.adapter_info import AdapterInfo, check_fits, library_versions
 from realgeneral.nano.avatars import FACES
 from realgeneral.pictures import picture_grid, save_picture, to_picture, to_pixels
-from realgeneral.pipeline import RealGeneralPipeline
-from realgeneral.preflight import open_base
 from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.settings.sampling import sampling
 from realgeneral.tasks import get_task
@@ -228,7 +227,7 @@ def _check(config: EvaluateConfig) -> AdapterInfo:
     """What can be told before weights are loaded; returns the adapter's description."""
     check_output(config.output)
     base, info = open_base(config.base), read_adapter_info(config.adapter)
-    height, width = base._size(None, None)
+    height, width = base.image_size()
     if config.protocol == "nano" and (height, width) != (64, 64):
         raise UsageError(f"base must be a 64 px model such as nano for nano's table, got one of {height} x {width} px")
     check_fits(base.transformer, info)

@@ -10,16 +10,14 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from realgeneral.arguments import check_steps
-from realgeneral.bases import load_pipeline
 from realgeneral.errors import UsageError
 from realgeneral.files import check_output
-from realgeneral.kernels import check_kernels, use_kernels
+from realgeneral.generation.arguments import check_steps
+from realgeneral.generation.bases import check_kernels, load_pipeline, open_base, use_kernels
+from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.model.adapter import read_adapter_info
 from realgeneral.model.adapter_info import check_fits
 from realgeneral.pictures import fit_picture, load_picture, save_picture
-from realgeneral.pipeline import RealGeneralPipeline
-from realgeneral.preflight import open_base
 from realgeneral.prompts import cut_prompt
 from realgeneral.settings.sampling import GenerateConfig
 from realgeneral.tasks import get_task, mask_out
@@ -75,16 +73,16 @@ def prepare(config: GenerateConfig, device: torch.device) -> tuple[list[str], li
         check_fits(base.transformer, base.adapter)
         base.adapter.task_spec(name)
     else:
-        base._task_ids(name, 1)
-    height, width = base._size(config.height or None, config.width or None)
+        base.task_ids(name, 1)
+    height, width = base.image_size(config.height or None, config.width or None)
     assert config.steps is not None
     check_steps("steps", config.steps, base.scheduler)
     window = base.transformer.config.max_text_seq_length
     texts = [config.prompt, config.negative_prompt]
     if config.truncate_prompts:
         texts = [cut_prompt(base.tokenizer, text, window) for text in texts]
-    base._check_prompts(texts, window, "; --truncate-prompts cuts it")
-    base._subject_mask(texts[:1], config.subject or None, window)
+    base.check_prompts(texts, window, "; --truncate-prompts cuts it")
+    base.subject_mask(texts[:1], config.subject or None, window)
     return texts, pictures or [derive_condition(config, base, width, height)], (height, width)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from realgeneral.bases import fingerprints
 from realgeneral.data.order import Bucketed, OneSize, Order
 from realgeneral.data.rows import Source
 from realgeneral.data.samples import PairDataset, TextCheck
@@ -16,9 +15,10 @@ from realgeneral.data.sources.lists import read_entries
 from realgeneral.data.sources.packaged import BUILT_IN
 from realgeneral.data.store import Store
 from realgeneral.errors import UsageError
+from realgeneral.generation.bases import fingerprints
+from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.model.geometry import NEWER_SIDES
 from realgeneral.objective import StoredTexts, TextCache, Texts
-from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.settings.data import DataSettings
 from realgeneral.settings.train import TrainConfig
 from realgeneral.tasks import DEFAULT_TASKS, get_task
@@ -50,7 +50,7 @@ def _packaged(data: str) -> bool:
 
 def run_size(config: DataSettings, pipe: RealGeneralPipeline) -> Size:
     """(width, height) in pixels, checked against the geometry."""
-    height, width = pipe._size(config.height or None, config.width or None)
+    height, width = pipe.image_size(config.height or None, config.width or None)
     return width, height
 
 

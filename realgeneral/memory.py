@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 from realgeneral.data.shapes import Shape
 from realgeneral.diffusion import v_loss
+from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.model.presets import get_preset
 from realgeneral.model.vae import decode_latents, encode_images
 from realgeneral.objective import encode_pictures
-from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.settings.train import TrainConfig
 from realgeneral.zero import bucket_bytes
 
@@ -177,7 +177,7 @@ def sample_bytes(
         encode: Whether the VAE is on the device; else it is counted here.
         device: As in `step_bytes`.
     """
-    shape = StepShape(1, conditions, *pipe._size(config.height or None, config.width or None))
+    shape = StepShape(1, conditions, *pipe.image_size(config.height or None, config.width or None))
     peak, _ = _run(_Picture(pipe, config.guidance_scale > 1), pipe, config, shape, False, device)
     return peak + (0 if encode else nbytes(pipe.vae.parameters()))
 

@@ -7,16 +7,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from realgeneral.bases import load_pipeline
 from realgeneral.checkpoint import load_weights
 from realgeneral.errors import UsageError
-from realgeneral.kernels import use_kernels
+from realgeneral.generation.bases import load_pipeline, use_kernels
+from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.model.adapter import load_adapter, read_adapter_info
 from realgeneral.model.adapter_info import AdapterInfo, adapter_info, trained_on
 from realgeneral.model.lora import add_lora, mark_trainable
 from realgeneral.model.transformer import RealGeneralTransformer3DModel
 from realgeneral.nano.assets import resolve_adapter
-from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.preflight import tasks_to_train
 from realgeneral.recompute import checkpointing
 from realgeneral.settings.train import TrainConfig

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from realgeneral.data.samples import Batch
 from realgeneral.data.store import Store
 from realgeneral.diffusion import noised, sample_timesteps, v_loss, v_target
+from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.model.vae import encode_images
-from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.prompts import pool_subject, subject_span_mask
 from realgeneral.settings.train import TrainConfig
 
@@ -94,7 +94,7 @@ class TextCache:
     def encoded(self, prompts: list[str]) -> Tensor:
         """[len(prompts), T, E] on the CPU, encoded together and not kept."""
         device = self.pipe.text_encoder.device
-        self.pipe._check_prompts(prompts, self.window)
+        self.pipe.check_prompts(prompts, self.window)
         with torch.autocast(device.type, enabled=False):  # as precomputed, whatever the trainer runs in
             features: Tensor = self.pipe.encode_prompt(prompts, None, False, max_sequence_length=self.window, device=device)[0]
         return features.cpu()

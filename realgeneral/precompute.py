@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from realgeneral.bases import fingerprints, load_encoders, load_for_data
 from realgeneral.data.samples import Fitted, PairDataset, Part, TextCheck, variant_seed
 from realgeneral.data.sources.open import open_source
 from realgeneral.data.store import Store, StoreSettings, StoreWriter
 from realgeneral.data.workers import from_workers
 from realgeneral.errors import Failure, UsageError
+from realgeneral.generation.bases import fingerprints, load_encoders, load_for_data
 from realgeneral.loading import encoder_dtype, run_order, run_size, run_tasks
 from realgeneral.model.vae import encode_images
 from realgeneral.objective import TextCache

@@ -6,35 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import CogVideoXDDIMScheduler
 
-from realgeneral.arguments import check_steps
-from realgeneral.bases import base_folder, load_for_data, reading
 from realgeneral.data.rows import Source
 from realgeneral.data.samples import check_tasks
 from realgeneral.data.store import check_settings, read_settings
-from realgeneral.errors import Failure, UsageError
-from realgeneral.kernels import check_kernels
+from realgeneral.errors import UsageError
+from realgeneral.generation.arguments import check_steps
+from realgeneral.generation.bases import check_kernels, open_base
 from realgeneral.loading import encoder_dtype, run_buckets, run_tasks
 from realgeneral.model.adapter import read_adapter_info
 from realgeneral.model.adapter_info import check_fits
 from realgeneral.model.lora import check_targets
 from realgeneral.optimizers import check_optimizer
-from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.settings.train import TrainConfig
 from realgeneral.tasks import get_task
-
-
-def open_base(base: str) -> RealGeneralPipeline:
-    """A base without weights: its tokenizer, sizes, text window and schedule; Failure unless all parts are there."""
-    folder = base_folder(base, ("tokenizer",))
-    for part in ("model_index.json", "scheduler", "text_encoder"):
-        if not (folder / part).exists():
-            raise Failure(f"base must be a CogVideoX checkpoint, got {folder} without {part}")
-    pipe = load_for_data(base)
-    with reading(base):
-        pipe.scheduler = CogVideoXDDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-    return pipe
 
 
 def tasks_to_train(config: TrainConfig) -> list[str]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from realgeneral.bases import lent
 from realgeneral.data.rows import Source
 from realgeneral.data.samples import PairDataset, TextCheck
 from realgeneral.data.sources.packaged import BUILT_IN, built_in
+from realgeneral.generation.bases import lent
+from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.model.adapter_info import AdapterInfo
 from realgeneral.objective import Texts
 from realgeneral.pictures import picture_grid, to_picture
-from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.settings.train import TrainConfig
 
 
@@ -36,7 +36,7 @@ def sample_grid(
 def _grid(
     pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source, texts: Texts, variants: int
 ) -> Image.Image:
-    height, width = pipe._size(config.height or None, config.width or None)
+    height, width = pipe.image_size(config.height or None, config.width or None)
     check = TextCheck(pipe.tokenizer, pipe.transformer.config.max_text_seq_length, config.truncate_prompts)
     dataset = PairDataset(
         source, info.tasks, config.task_weights, (width, height), config.seed, False, check, variants=variants

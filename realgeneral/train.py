@@ -32,6 +32,7 @@ from realgeneral.data.sources.open import open_source
 from realgeneral.data.workers import leave_signals, loaded
 from realgeneral.engine import Engine, Stop
 from realgeneral.errors import Failure, UsageError
+from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.loading import training_dataset, training_texts
 from realgeneral.memory import MemoryBudget, StepShape, largest, memory_budget, used_bytes
 from realgeneral.model.adapter import adapter_tensors, write_adapter
@@ -40,7 +41,6 @@ from realgeneral.models import load_models, place_models
 from realgeneral.objective import Draws, Texts, training_loss
 from realgeneral.optimizers import learning_rate_factor, make_optimizer
 from realgeneral.pictures import save_picture
-from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.preflight import check_training
 from realgeneral.samples import sample_grid
 from realgeneral.settings.train import TrainConfig

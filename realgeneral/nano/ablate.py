@@ -26,12 +26,12 @@ from realgeneral.data.sources.packaged import NANO_TASKS
 from realgeneral.errors import Failure, UsageError
 from realgeneral.evaluate import NanoPairs, generate_all, measures, nano_pairs
 from realgeneral.files import write_json, write_text
+from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.metrics import RESAMPLES, Score, bootstrap
 from realgeneral.model.adapter_info import library_versions
 from realgeneral.model.vae import fold_single_frame
 from realgeneral.nano.common import log
 from realgeneral.objective import Draws, TextCache, training_loss
-from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.protocols.generation import weights_fingerprint
 from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.settings.sampling import NANO_GUIDANCE, NANO_STEPS
@@ -117,7 +117,7 @@ def judge(config: TrainConfig, arguments: argparse.Namespace, adapter: str) -> V
     pipe.set_progress_bar_config(disable=True)
     fold_single_frame(pipe.vae)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    height, width = pipe._size(None, None)
+    height, width = pipe.image_size()
     # one seed for all variants: the same conditions and the same noise
     sampling = EvaluateConfig(
         steps=arguments.sample_steps, guidance_scale=arguments.guidance_scale,

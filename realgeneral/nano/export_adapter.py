@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
+from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.model.adapter import read_adapter_info, save_adapter
 from realgeneral.model.adapter_info import signature_of
 from realgeneral.nano.assets import ASSETS, LOGS
-from realgeneral.pipeline import RealGeneralPipeline
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from realgeneral.errors import Failure
+from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.pictures import fit_picture, load_picture, save_picture
-from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.protocols.folders import Case
 from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.settings.sampling import sampling

@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from realgeneral.bases import load_pipeline
 from realgeneral.encoders import loading
 from realgeneral.errors import Failure, UsageError
 from realgeneral.files import write_json, write_text
+from realgeneral.generation.bases import load_pipeline
+from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.metrics import Score, frechet_distance
 from realgeneral.model.adapter import read_adapter_info
 from realgeneral.model.adapter_info import library_versions
 from realgeneral.pictures import save_picture
-from realgeneral.pipeline import RealGeneralPipeline
 from realgeneral.prompts import cut_prompt
 from realgeneral.protocols.folders import Case, captioned_cases, chosen, readable, repeated, subject_cases
 from realgeneral.protocols.generation import CaseGenerator, weights_fingerprint
@@ -47,7 +47,7 @@ def run_protocol(config: EvaluateConfig) -> dict[str, dict[str, Score]]:
     cases, bad = protocol_cases(config)
     new_scorer = scorers(config, task, device)  # before the hours of generation: its models may be missing
     pipe = open_pipeline(config, device)
-    height, width = pipe._size(config.height or None, config.width or None)
+    height, width = pipe.image_size(config.height or None, config.width or None)
     cases, bad = prepared(config, pipe, cases, bad)
     generator = CaseGenerator(pipe, task, config, (width, height), output / "images")
     try:
@@ -103,7 +103,7 @@ def prepared(
     if config.truncate_prompts:
         cases = [replace(case, prompt=cut_prompt(pipe.tokenizer, case.prompt, window)) for case in cases]
     for case in cases:
-        pipe._check_prompts([case.prompt], window, f" of {case.name}; --truncate-prompts cuts it")
+        pipe.check_prompts([case.prompt], window, f" of {case.name}; --truncate-prompts cuts it")
     if config.protocol != "customization":  # DreamBench's pictures are the benchmark: none may be missing
         cases, unreadable = readable(cases)
         bad = [*bad, *unreadable]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from checkpoints import tiny_text_encoder
 
-from realgeneral.bases import fingerprints, lent, load_for_data, load_pipeline
 from realgeneral.errors import Failure
+from realgeneral.generation.bases import fingerprints, lent, load_for_data, load_pipeline
 
 
 def test_data_needs_no_weights(base: Path, tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_data_needs_no_weights(base: Path, tmp_path: Path) -> None:
         shutil.copytree(base / part, tmp_path / part, ignore=shutil.ignore_patterns("*.safetensors"))
     pipe = load_for_data(str(tmp_path))
     assert pipe.size_multiple == 16
-    assert pipe._size(None, None) == ((320, 320) if pipe.transformer.config.patch_size_t else (64, 96))
+    assert pipe.image_size() == ((320, 320) if pipe.transformer.config.patch_size_t else (64, 96))
     shutil.rmtree(tmp_path / "vae")
     with pytest.raises(Failure, match=r"base must be a CogVideoX checkpoint, got .* without vae"):
         load_for_data(str(tmp_path))
@@ -54,7 +54,7 @@ def test_damaged_parts_name_the_base(base: Path, tmp_path: Path, part: str, text
 def test_nano_sizes_without_its_vae() -> None:
     """Its VAE has factor 4 where diffusers would take 8."""
     pipe = load_for_data("nano")
-    assert (pipe._size(None, None), pipe.size_multiple) == ((64, 64), 8)
+    assert (pipe.image_size(), pipe.size_multiple) == ((64, 64), 8)
     assert pipe.vae is pipe.text_encoder is None
 
 

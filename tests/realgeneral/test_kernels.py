@@ -7,7 +7,7 @@ import torch
 
 from realgeneral import RealGeneralPipeline
 from realgeneral.errors import UsageError
-from realgeneral.kernels import use_kernels
+from realgeneral.generation.bases import use_kernels
 
 CPU = torch.device("cpu")
 

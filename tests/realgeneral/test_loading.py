@@ -16,8 +16,8 @@ from test_data import picture, write_folder
 from test_pictures import encoded
 
 from realgeneral import train as train_module
-from realgeneral.bases import load_for_data
 from realgeneral.errors import Failure, UsageError
+from realgeneral.generation.bases import load_for_data
 from realgeneral.loading import run_buckets
 from realgeneral.settings.train import TrainConfig
 from realgeneral.train import train
@@ -105,7 +105,7 @@ def test_standard_buckets_of_each_base(bases: dict[str, Path], config: Callable[
         path.write_text(json.dumps(described))
         pipe = load_for_data(str(folder))
         # without buckets too: the one size of training, samples, generation and evaluation
-        assert pipe._size(None, None) == expected[::-1]
+        assert pipe.image_size() == expected[::-1]
         sizes = run_buckets(config("run", buckets=["standard"]), pipe)
         assert {expected, expected[::-1]} <= set(sizes)
         assert len(sizes) == (7 if geometry == "1.5" else 9)

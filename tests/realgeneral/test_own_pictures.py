@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import make_photo
 
-from realgeneral.bases import load_for_data
 from realgeneral.cli import main
 from realgeneral.errors import UsageError
+from realgeneral.generation.bases import load_for_data
 from realgeneral.prompts import cut_prompt
 
 CAPTION = "a photograph of a small red pot with a wooden lid that stands on a kitchen table in the morning sun, number "

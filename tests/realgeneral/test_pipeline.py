@@ -408,7 +408,7 @@ def test_saved_pipelines_name_the_package(pipe: RealGeneralPipeline, open_pipeli
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["transformer"] == ["realgeneral", "RealGeneralTransformer3DModel"]
     before = json.loads((Path(__file__).parent / "saved" / "model_index-0.1.json").read_text())
-    assert before["transformer"][0] == "realgeneral.model.transformer"
+    assert before["transformer"][0] == "realgeneral.transformer"
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"transformer": before["transformer"]}))
     assert isinstance(open_pipeline(tmp_path).transformer, RealGeneralTransformer3DModel)
 

@@ -146,7 +146,7 @@ def test_nano_data(training: Callable[..., TrainConfig], settings: Callable[...,
     monkeypatch.setattr(pairs, "caption", lambda concept, style, colours=(): " ".join(["a", *["red"] * len(colours), "pot"]))
     monkeypatch.setattr("realgeneral.data.samples.subject_span_mask", lambda *_: None)
     monkeypatch.setattr("realgeneral.objective.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
-    monkeypatch.setattr("realgeneral.pipeline.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
+    monkeypatch.setattr("realgeneral.generation.pipeline.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
     common: dict[str, Any] = {"data": "nano", "tasks": ["colouring", "customization"], "buckets": []}
     precompute(settings(**common))
     train(training("plain", steps=4, variants=2, **common))

@@ -140,15 +140,15 @@ def test_corrupt_shards(tmp_path: Path, defect: str) -> None:
 
 def test_a_shard_without_its_index_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between the two files: nothing of it is seen, and the next run writes over it."""
-    original = store_module._write_text
+    original = store_module.write_text
 
-    def dies(path: Path, text: str) -> None:
+    def dies(path: Path, text: str, **options: bool) -> None:
         if path.name.startswith("000"):
             raise KeyboardInterrupt
-        original(path, text)
+        original(path, text, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "_write_text", dies)
+        patch.setattr(store_module, "write_text", dies)
         with pytest.raises(KeyboardInterrupt):
             made(tmp_path)
     assert list((tmp_path / "shards").glob("*.safetensors"))

@@ -9,29 +9,15 @@ from functools import partial, wraps
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from realgeneral.arguments import (
-    CALLBACK_INPUTS,
-    Conditions,
-    as_list,
-    callback_inputs,
-    check_at_least_one,
-    check_choices,
-    check_embeds,
-    check_prompts,
-    check_steps,
-    condition_lists,
-    one_cache,
-    prompt_list,
-    subject_list,
-)
 from realgeneral.errors import UsageError
-from realgeneral.guidance import Guidance
+from realgeneral.generation.arguments import CALLBACK_INPUTS, Call, Conditions, condition_lists, subject_list
+from realgeneral.generation.denoising import Conditioning, denoise
 from realgeneral.model.adapter import load_adapter
 from realgeneral.model.adapter_info import AdapterInfo
 from realgeneral.model.condition import ConditionCache
@@ -105,12 +91,12 @@ class RealGeneralPipeline(CogVideoXPipeline):
         """As in diffusers; pipelines saved before version 0.2 name a module that is gone."""
         config = super().load_config(*args, **kwargs)
         parts = config[0] if isinstance(config, tuple) else config
-        if parts.get("transformer", [None])[0] == "realgeneral.model.transformer":
+        if parts.get("transformer", [None])[0] == "realgeneral.transformer":
             parts["transformer"] = ["realgeneral", parts["transformer"][1]]
         return config
 
     def load_adapter(self, adapter: str | os.PathLike[str], *, preset: str | None = None) -> AdapterInfo:
-        """Load an adapter folder (or "nano") into the transformer; see `realgeneral.adapter.load_adapter`."""
+        """Load an adapter folder (or "nano") into the transformer; see `realgeneral.model.adapter.load_adapter`."""
         self.adapter = load_adapter(self.transformer, adapter, preset=preset)
         return self.adapter
 
@@ -191,51 +177,44 @@ class RealGeneralPipeline(CogVideoXPipeline):
         Raises:
             UsageError: A size, task, subject or prompt does not fit; the message says what would.
         """
-        prompts = prompt_list(prompt, prompt_embeds)
-        height, width = self._size(height, width)
-        negatives = as_list(negative_prompt, len(prompts))
-        check_prompts(prompts, negatives)
-        embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
-        check_embeds(len(prompts), self.transformer.config.text_embed_dim, **embeds)
-        asked = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        check_choices(output_type, asked)
-        check_steps("num_inference_steps", num_inference_steps, self.scheduler)
-        check_at_least_one("num_images_per_prompt", num_images_per_prompt)
-        self._task_ids(task, 1)
-        if condition is not None and condition_cache is not None:
-            raise UsageError("condition and condition_cache must not both be given, got both")
-        conditions = condition_lists(condition, len(prompts)) if condition_cache is None else None
-        guidance = Guidance(guidance_scale, image_guidance_scale)
+        call = Call.checked(
+            self,
+            prompt=prompt,
+            condition=condition,
+            condition_cache=condition_cache,
+            task=task,
+            subject=subject,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+        )
         self._guidance_scale, self._interrupt, self._attention_kwargs = guidance_scale, False, attention_kwargs
-        device = self._execution_device
-        window = self.transformer.config.max_text_seq_length if max_sequence_length is None else max_sequence_length
-        check_at_least_one("max_sequence_length", window)
-        text, negative = self._encode_texts(prompts, negatives, not all(guidance.prompts), embeds, window)
-        if subject is not None and prompt is None:
-            raise UsageError("prompt must be given with subject, got None")
-        subject_embeds = self._subject_embeds(prompts, subject, text, window)
-        inputs, cache = self._condition_inputs(
-            conditions, condition_cache, len(prompts), task, subject_embeds, (height, width), guidance.conditions
+        guided = not all(call.guidance.prompts)
+        text, negative = self._encode_texts(call.prompts, call.negatives, guided, call.embeds, call.window)
+        subject_embeds = self._subject_embeds(call.prompts, subject, text, call.window)
+        latents = denoise(
+            self,
+            self._initial_latents(call, text.dtype, latents),
+            [text if given else negative for given in call.guidance.prompts],
+            self._conditioning(call, subject_embeds),
+            call.guidance,
+            steps=num_inference_steps,
+            images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            callback=callback_on_step_end,
+            callback_inputs=call.callback_inputs,
         )
-        images = len(prompts) * num_images_per_prompt
-        latents = self._initial_latents(images, height, width, text.dtype, device, generator, latents)
-        # samples run image-major, then pass, then prompt, so that tensors of the passes' prompts and conditions tile
-        order = torch.arange(images).view(len(prompts), num_images_per_prompt).T.flatten()
-        texts = [text if given else negative for given in guidance.prompts]
-        text = torch.cat(texts * num_images_per_prompt)
-        latents = self._denoise_loop(
-            latents[order],
-            text,
-            guidance,
-            inputs,
-            cache,
-            num_inference_steps,
-            num_images_per_prompt,
-            generator if not isinstance(generator, list) else [generator[i] for i in order],
-            callback_on_step_end,
-            asked,
-        )
-        latents = latents[torch.argsort(order)]
         result = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         return RealGeneralPipelineOutput(images=result) if return_dict else (result,)
@@ -265,7 +244,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
             width: Pixels.
             attention_kwargs: {"scale": LoRA scale}.
         """
-        size = self._size(height, width)
+        size = self.image_size(height, width)
         subject_embeds = None
         if subject is not None:
             if prompt is None:
@@ -276,7 +255,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
         conditions = condition_lists(condition, 1)
         latents = self._condition_latents(conditions, size)
         return self.transformer.encode_condition(
-            latents, self._task_ids(task, 1), subject_embeds, position=position, attention_kwargs=attention_kwargs
+            latents, self.task_ids(task, 1), subject_embeds, position=position, attention_kwargs=attention_kwargs
         )
 
     def _encode_texts(
@@ -288,7 +267,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
             encoded = [*encoded, *(negatives or [""] * guided)]
         if encoded and (self.text_encoder is None or self.tokenizer is None):
             raise UsageError("text_encoder and tokenizer must be there unless all text features are given, got none")
-        self._check_prompts(encoded, window)
+        self.check_prompts(encoded, window)
         device = self._execution_device
         pair = self.encode_prompt(prompts, negatives, guided, **embeds, max_sequence_length=window, device=device)
         text, negative = (x.to(device, self.transformer.dtype) for x in (pair if guided else pair[:1] * 2))
@@ -299,90 +278,26 @@ class RealGeneralPipeline(CogVideoXPipeline):
             )
         return text, negative
 
-    def _denoise_loop(
-        self,
-        latents: Tensor,
-        text: Tensor,
-        guidance: Guidance,
-        inputs: dict[str, Any],
-        cache: ConditionCache | None,
-        steps: int,
-        images: int,
-        generator: Any,
-        callback: Callable[..., dict[str, Any] | None] | None,
-        callback_names: Sequence[str],
-    ) -> Tensor:
-        self.scheduler.set_timesteps(steps, device=latents.device)
-        timesteps, passes, previous = self.scheduler.timesteps, len(guidance.passes), None
-        self._num_timesteps = len(timesteps)
-        extra = self.prepare_extra_step_kwargs(generator, 0.0)
-        embed = partial(self.transformer.embed, **inputs, attention_kwargs=self._attention_kwargs)
-        embedded = embed(text)
-        with self.progress_bar(total=steps) as bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                self._current_timestep = t
-                scaled = self.scheduler.scale_model_input(latents, t).to(text.dtype)
-                model_input = scaled.unflatten(0, (images, 1, -1)).expand(-1, passes, *[-1] * latents.ndim).flatten(0, 2)
-                prediction = self.transformer(
-                    model_input,
-                    embedded,
-                    t.expand(model_input.shape[0]),
-                    condition_cache=cache,
-                    attention_kwargs=self._attention_kwargs,
-                    return_dict=False,
-                )[0].float()
-                prediction = guidance.combine(prediction.unflatten(0, (images, passes, -1)), dim=1).flatten(0, 1)
-                if isinstance(self.scheduler, CogVideoXDPMScheduler):
-                    before = timesteps[i - 1] if i > 0 else None
-                    latents, previous = self.scheduler.step(
-                        prediction, previous, t, before, latents, **extra, return_dict=False
-                    )
-                else:
-                    latents = self.scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
-                latents = latents.to(text.dtype)
-                if callback is not None:
-                    # to the callback, as everywhere outside, images are prompt-major
-                    shown = {"latents": _images_last(latents, images), "prompt_embeds": _images_last(text, images, passes)}
-                    changed = callback(self, i, t, {k: shown[k] for k in callback_names}) or {}
-                    latents = _images_first(changed.get("latents", shown["latents"]), images)
-                    if changed.get("prompt_embeds", shown["prompt_embeds"]) is not shown["prompt_embeds"]:
-                        text = _images_first(changed["prompt_embeds"], images, passes)
-                        embedded = embed(text)
-                bar.update()
-        self._current_timestep = None
-        return latents
-
-    def _condition_inputs(
-        self,
-        conditions: list[list[Image.Image]] | None,
-        cache: ConditionCache | Sequence[ConditionCache] | None,
-        prompts: int,
-        task: str,
-        subject_embeds: Tensor | None,
-        size: tuple[int, int],
-        given: Sequence[bool],
-    ) -> tuple[dict[str, Any], ConditionCache | None]:
-        """The conditions of all passes, `given` or empty, as `embed`'s arguments, or as a cache if the preset allows one."""
-        inputs = {"task_ids": self._task_ids(task, prompts), "subject_embeds": subject_embeds}
+    def _conditioning(self, call: Call, subject_embeds: Tensor | None) -> Conditioning:
+        """The conditions of all passes, given or empty; as a cache if the preset allows one."""
+        prompts, given = len(call.prompts), call.guidance.conditions
+        inputs = {"task_ids": self.task_ids(call.task, prompts), "subject_embeds": subject_embeds}
         encode = partial(self.transformer.encode_condition, **inputs, attention_kwargs=self._attention_kwargs)
-        if cache is not None:
-            height, width = (side // self.vae_scale_factor_spatial for side in size)
-            full = one_cache(cache, prompts, self.transformer.geometry.grid(height, width))
+        if call.cache is not None:
+            full = call.cache
         else:
-            assert conditions is not None
-            latents = self._condition_latents(conditions, size)
+            assert call.conditions is not None
+            latents = self._condition_latents(call.conditions, call.size)
             if not get_preset(self.transformer.config.preset).cacheable:
                 given = given[:1] if all(given) else given  # one for all passes
                 repeated = {name: None if x is None else torch.cat([x] * len(given)) for name, x in inputs.items()}
                 parts = [latents if g else torch.zeros_like(latents) for g in given]
-                return {"condition_latents": torch.cat(parts), **repeated}, None
+                return Conditioning({"condition_latents": torch.cat(parts), **repeated}, None)
             full = encode(latents)
         if all(given):
-            return {}, full
-        empty = encode(self._empty_latents(prompts, full.conditions, size))
-        return {}, ConditionCache.stack([full if g else empty for g in given], prompts)
+            return Conditioning({}, full)
+        empty = encode(self._empty_latents(prompts, full.conditions, call.size))
+        return Conditioning({}, ConditionCache.stack([full if g else empty for g in given], prompts))
 
     def _empty_latents(self, prompts: int, conditions: int, size: tuple[int, int]) -> Tensor:
         """What condition dropout makes of a condition."""
@@ -400,10 +315,11 @@ class RealGeneralPipeline(CogVideoXPipeline):
     def _subject_embeds(
         self, prompts: list[str], subject: str | Sequence[str | None] | None, text: Tensor, window: int
     ) -> Tensor | None:
-        mask = self._subject_mask(prompts, subject, window)
+        mask = self.subject_mask(prompts, subject, window)
         return None if mask is None else pool_subject(text, mask.to(text.device))
 
-    def _subject_mask(self, prompts: list[str], subject: str | Sequence[str | None] | None, window: int) -> Tensor | None:
+    def subject_mask(self, prompts: list[str], subject: str | Sequence[str | None] | None, window: int) -> Tensor | None:
+        """Which text tokens name the subject, [prompts, window]; UsageError if a subject is not in its prompt."""
         if subject is None:
             return None
         try:
@@ -411,22 +327,13 @@ class RealGeneralPipeline(CogVideoXPipeline):
         except ValueError as error:
             raise UsageError(str(error)) from None
 
-    def _initial_latents(
-        self,
-        images: int,
-        height: int,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        generator: Any,
-        latents: Tensor | None,
-    ) -> Tensor:
-        factor, frames = self.vae_scale_factor_spatial, self.transformer.geometry.frames_per_image
-        shape = (images, frames, self.transformer.config.in_channels, height // factor, width // factor)
-        if isinstance(generator, list) and len(generator) != images:
-            raise UsageError(f"generator must be one for all or one per image ({images}), got {len(generator)}")
+    def _initial_latents(self, call: Call, dtype: torch.dtype, latents: Tensor | None) -> Tensor:
+        """The noise of all images, drawn unless given."""
+        height, width = (side // self.vae_scale_factor_spatial for side in call.size)
+        frames, channels = self.transformer.geometry.frames_per_image, self.transformer.config.in_channels
+        shape, device = (call.images, frames, channels, height, width), self._execution_device
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+            latents = randn_tensor(shape, generator=call.generator, device=device, dtype=dtype)
         elif tuple(latents.shape) != shape:
             raise UsageError(f"latents must have shape {list(shape)}, got {list(latents.shape)}")
         return latents.to(device, dtype) * self.scheduler.init_noise_sigma
@@ -436,7 +343,8 @@ class RealGeneralPipeline(CogVideoXPipeline):
         pixels = decode_latents(self.vae, latents[:, -1])
         return self.video_processor.postprocess(pixels.float(), output_type=output_type)
 
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+    def image_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """(height, width) in pixels, those of the base where none are given; UsageError if the base cannot have them."""
         config, factor = self.transformer.config, self.vae_scale_factor_spatial
         own = config.sample_height * factor, config.sample_width * factor
         if config.patch_size_t:
@@ -453,24 +361,16 @@ class RealGeneralPipeline(CogVideoXPipeline):
                     raise UsageError(f"{name} must be at most {limit * factor}, got {value}")
         return height, width
 
-    def _task_ids(self, task: str, batch: int) -> Tensor:
+    def task_ids(self, task: str, batch: int) -> Tensor:
+        """Rows of the task embedding for `batch` samples of a task, [batch] int64; UsageError if there is no such task."""
         try:
             ids: Tensor = self.transformer.task_ids([task] * batch)
         except ValueError as error:
             raise UsageError(str(error)) from None
         return ids.to(self._execution_device)
 
-    def _check_prompts(self, prompts: list[str], window: int, hint: str = "") -> None:
+    def check_prompts(self, prompts: Sequence[str], window: int, hint: str = "") -> None:
+        """UsageError if a prompt is longer than the text window; `hint` ends the message."""
         for prompt in prompts:
             if (length := token_count(self.tokenizer, prompt)) > window:
                 raise UsageError(f"prompt must have at most {window} tokens, got {length}: {prompt[:60]!r}{hint}")
-
-
-def _images_last(x: Tensor, images: int, passes: int = 1) -> Tensor:
-    """[images, passes, prompts] samples, as a step takes them -> [passes, prompts, images]."""
-    return x.unflatten(0, (images, passes, -1)).movedim(0, 2).flatten(0, 2)
-
-
-def _images_first(x: Tensor, images: int, passes: int = 1) -> Tensor:
-    """The inverse of `_images_last`."""
-    return x.unflatten(0, (passes, -1, images)).movedim(2, 0).flatten(0, 2)

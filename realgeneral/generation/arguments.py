@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from realgeneral.errors import UsageError
+from realgeneral.generation.guidance import Guidance
 from realgeneral.model.condition import ConditionCache
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -31,7 +33,7 @@ def as_list(value: str | Sequence[str] | None, count: int) -> list[str] | None:
     return value if value is None else [value] * count if isinstance(value, str) else list(value)
 
 
-def check_prompts(prompts: list[str], negatives: list[str] | None) -> None:
+def _check_prompts(prompts: list[str], negatives: list[str] | None) -> None:
     """At least one prompt, all strings, and a negative prompt for each if there are any."""
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise UsageError(f"prompt must be a string or a list of strings, got {prompts!r}")
@@ -120,3 +122,91 @@ def one_cache(cache: ConditionCache | Sequence[ConditionCache], prompts: int, gr
 def callback_inputs(callback: Any, names: Sequence[str]) -> Sequence[str]:
     """The tensors that a callback asks for: diffusers' callback objects know them."""
     return callback.tensor_inputs if isinstance(callback, PipelineCallback | MultiPipelineCallbacks) else names
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a pipeline's call, checked and filled in.
+
+    Attributes:
+        prompts: B prompts, empty strings where their features are given.
+        negatives: B negative prompts, None = empty ones.
+        embeds: "prompt_embeds" and "negative_prompt_embeds", as given.
+        conditions: The K condition images of each prompt; None with a cache.
+        cache: The condition cache, joined to one; None with conditions.
+        task: Name of a task that the transformer knows.
+        size: (height, width) in pixels.
+        guidance: Passes of a step.
+        images: Number of images, all prompts together.
+        generator: As given.
+        window: Length of the text window.
+        callback_inputs: Tensors that the callback is shown.
+    """
+
+    prompts: list[str]
+    negatives: list[str] | None
+    embeds: dict[str, Tensor | None]
+    conditions: list[list[Image.Image]] | None
+    cache: ConditionCache | None
+    task: str
+    size: tuple[int, int]
+    guidance: Guidance
+    images: int
+    generator: Any
+    window: int
+    callback_inputs: Sequence[str]
+
+    @classmethod
+    def checked(
+        cls,
+        pipe: Any,
+        *,
+        prompt: str | Sequence[str] | None,
+        condition: Conditions | None,
+        condition_cache: ConditionCache | Sequence[ConditionCache] | None,
+        task: str,
+        subject: str | Sequence[str | None] | None,
+        negative_prompt: str | Sequence[str] | None,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        height: int | None,
+        width: int | None,
+        num_inference_steps: int,
+        guidance_scale: float,
+        image_guidance_scale: float,
+        num_images_per_prompt: int,
+        generator: Any,
+        output_type: str,
+        callback_on_step_end: Any,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        max_sequence_length: int | None,
+    ) -> Call:
+        """Check what `RealGeneralPipeline.__call__` was given, in its words; UsageError says what would fit."""
+        prompts = prompt_list(prompt, prompt_embeds)
+        size = pipe.image_size(height, width)
+        negatives = as_list(negative_prompt, len(prompts))
+        _check_prompts(prompts, negatives)
+        embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        check_embeds(len(prompts), pipe.transformer.config.text_embed_dim, **embeds)
+        asked = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        check_choices(output_type, asked)
+        check_steps("num_inference_steps", num_inference_steps, pipe.scheduler)
+        check_at_least_one("num_images_per_prompt", num_images_per_prompt)
+        images = len(prompts) * num_images_per_prompt
+        if isinstance(generator, list) and len(generator) != images:
+            raise UsageError(f"generator must be one for all or one per image ({images}), got {len(generator)}")
+        pipe.task_ids(task, 1)
+        if condition is not None and condition_cache is not None:
+            raise UsageError("condition and condition_cache must not both be given, got both")
+        if subject is not None and prompt is None:
+            raise UsageError("prompt must be given with subject, got None")
+        conditions, cache = None, None
+        if condition_cache is None:
+            conditions = condition_lists(condition, len(prompts))
+        else:
+            height, width = (side // pipe.vae_scale_factor_spatial for side in size)
+            cache = one_cache(condition_cache, len(prompts), pipe.transformer.geometry.grid(height, width))
+        window = pipe.transformer.config.max_text_seq_length if max_sequence_length is None else max_sequence_length
+        check_at_least_one("max_sequence_length", window)
+        guidance = Guidance(guidance_scale, image_guidance_scale)
+        return cls(prompts, negatives, embeds, conditions, cache, task, size, guidance, images, generator, window, asked)

@@ -1,4 +1,4 @@
-"""A base without its largest parts: encoders without transformer to precompute, the rest without text encoder to train."""
+"""Bases: their files, what can be known of them without weights, parts of them, and which ops they run on."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
 
 from realgeneral.errors import Failure, UsageError
 from realgeneral.files import folder_fingerprint
+from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.model.transformer import RealGeneralTransformer3DModel
 from realgeneral.model.vae import fold_single_frame
 from realgeneral.nano.assets import resolve_base
-from realgeneral.pipeline import RealGeneralPipeline
+from rgkernels._impl import require_triton
 
 VAE_PARTS, TEXT_PARTS = ("vae",), ("text_encoder", "tokenizer")
 
@@ -75,6 +76,18 @@ def load_for_data(base: str) -> RealGeneralPipeline:
     return pipe
 
 
+def open_base(base: str) -> RealGeneralPipeline:
+    """A base without weights: its tokenizer, sizes, text window and schedule; Failure unless all parts are there."""
+    folder = base_folder(base, ("tokenizer",))
+    for part in ("model_index.json", "scheduler", "text_encoder"):
+        if not (folder / part).exists():
+            raise Failure(f"base must be a CogVideoX checkpoint, got {folder} without {part}")
+    pipe = load_for_data(base)
+    with reading(base):
+        pipe.scheduler = CogVideoXDDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    return pipe
+
+
 def load_pipeline(base: str, dtype: torch.dtype, **parts: Any) -> RealGeneralPipeline:
     """A base, or the rest of it beside given `parts` (None: left out): encoders frozen, the VAE folded to single frames.
 
@@ -105,3 +118,18 @@ def lent(module: Any, device: torch.device) -> Iterator[None]:
         yield
     finally:
         module.to(home)
+
+
+def check_kernels(fused: bool, device: torch.device) -> None:
+    """UsageError that says what is missing if kernels are asked for where they cannot run."""
+    if fused:
+        try:
+            require_triton(device)
+        except RuntimeError as error:
+            raise UsageError(f"--fused-kernels cannot run here: {error}") from None
+
+
+def use_kernels(transformer: RealGeneralTransformer3DModel, fused: bool, device: torch.device) -> None:
+    """Run the model on Triton kernels, or on plain PyTorch; UsageError as `check_kernels`."""
+    check_kernels(fused, device)
+    transformer.impl = "triton" if fused else "reference"
