@@ -21,10 +21,10 @@ from diffusers import CogVideoXDDIMScheduler
 from benchmarks.common import Case, Run, measure, usable
 from benchmarks.models import Inputs, Provider, build_model, model_flops, model_inputs, providers
 from benchmarks.shapes import MODELS, Shape
-from realgeneral.diffusion import noised, v_loss, v_target
 from realgeneral.model.lora import add_lora
 from realgeneral.model.presets import get_preset, joint_layout
 from realgeneral.settings.train import LORA_TARGETS
+from realgeneral.training.objective import noised, v_loss, v_target
 
 RANK = 64  # the trainer's default
 PRESET = "cached"

@@ -13,14 +13,14 @@ from diffusers.utils import logging
 from transformers import T5Config, T5EncoderModel
 
 from realgeneral.generation.pipeline import RealGeneralPipeline
-from realgeneral.loading import run_tasks
-from realgeneral.memory import GIB, StepShape, memory_budget
 from realgeneral.model.lora import add_lora
 from realgeneral.model.transformer import RealGeneralTransformer3DModel
 from realgeneral.model.vae import fold_single_frame
-from realgeneral.recompute import checkpointing
 from realgeneral.settings.train import TrainConfig
 from realgeneral.tasks import get_task
+from realgeneral.training.memory import GIB, StepShape, memory_budget
+from realgeneral.training.models import checkpointing
+from realgeneral.training.plan import run_tasks
 
 # as in the config.json of the checkpoints; sizes in latent pixels
 SHARED = {"attention_head_dim": 64, "in_channels": 16, "out_channels": 16, "time_embed_dim": 512, "text_embed_dim": 4096}
@@ -60,7 +60,7 @@ def empty_pipeline(base: str, config: TrainConfig) -> RealGeneralPipeline:
     """A pipeline without weights in the geometry of a real base, set up as the trainer does."""
     changes = dict(BASES[base])
     rotary = changes.pop("rotary", False)
-    names = [get_task(spec).name for spec in run_tasks(config.tasks, config.data)]
+    names = [get_task(spec).name for spec in run_tasks(config)]
     with torch.device("meta"):
         transformer = RealGeneralTransformer3DModel(
             tasks=names, preset=config.preset, use_rotary_positional_embeddings=rotary, **SHARED, **changes

@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from realgeneral.data.order import Bucketed, OneSize
+from realgeneral.data.order import Bucketed
 from realgeneral.data.rows import Record, Source
 from realgeneral.data.samples import PairDataset, TextCheck
 from realgeneral.data.shapes import Shape, Size
@@ -22,8 +22,8 @@ from realgeneral.data.workers import from_workers
 from realgeneral.errors import Failure
 from realgeneral.files import write_text
 from realgeneral.generation.bases import load_for_data
-from realgeneral.loading import describe, run_buckets, run_size, run_tasks
 from realgeneral.settings.data import CheckDataConfig
+from realgeneral.training.plan import Plan
 
 LISTED = 10  # examples of each thing that a person sees; the JSON has all bad rows
 REASONS = (
@@ -103,16 +103,15 @@ def check_data(config: CheckDataConfig) -> dict[str, Any]:
     """
     source = open_source(config.data, config.columns, repeats=False)
     pipe = load_for_data(config.base)
-    window = pipe.transformer.config.max_text_seq_length
-    size, buckets = run_size(config, pipe), run_buckets(config, pipe)
-    check, tasks = TextCheck(pipe.tokenizer, window, config.truncate_prompts), run_tasks(config.tasks, config.data)
-    pairs = PairDataset(source, tasks, [], size, 0, True, check, order=OneSize(source.blocks, 0, size))
+    plan = Plan.of(config, pipe)
+    pairs = plan.dataset(source, one_size=True)
     rows = DataLoader(RowsToCheck(pairs, not config.headers_only), None, num_workers=config.num_workers)
     with from_workers():
         found = list(tqdm(rows, desc="check", unit="row", file=sys.stderr))
     # without buckets nothing is grouped: an epoch's last batch goes on with the next epoch's rows
-    report = summary(found, source, buckets or (size,), config.batch_size if buckets else 1, window)
-    stops = mixed_conditions(report) if not buckets and config.batch_size > 1 else ""
+    sizes, batch_size = (plan.buckets, config.batch_size) if plan.buckets else ((plan.size,), 1)
+    report = summary(found, source, sizes, batch_size, plan.window)
+    stops = mixed_conditions(report) if not plan.buckets and config.batch_size > 1 else ""
     print(as_text(report, config.data))
     if config.report:
         _write(Path(config.report), {"config": asdict(config), **report})
@@ -145,12 +144,12 @@ def summary(found: list[Finding], source: Source, sizes: tuple[Size, ...], batch
         "rows": len(found),
         "bad_rows": [{"row": f.name, "reason": reason(f.problem), "message": f.problem} for f in found if f.problem],
         "buckets": [
-            {"size": describe(size), "conditions": k, "rows": rows, "repeated_to_fill": -rows % batch_size}
+            {"size": _described(size), "conditions": k, "rows": rows, "repeated_to_fill": -rows % batch_size}
             for (size, k), rows in sorted(assigned.items())
         ],
-        "sizes": _counted(describe(f.size) for f in good if f.size),
+        "sizes": _counted(_described(f.size) for f in good if f.size),
         "enlarged": sum(_enlarged(f.size, order.size(i)) for i, f in enumerate(found) if f.problem is None),
-        "smallest": [{"row": f.name, "size": describe(f.size)} for f in smallest if f.size],
+        "smallest": [{"row": f.name, "size": _described(f.size)} for f in smallest if f.size],
         "conditions": _counted(str(f.conditions) for f in good),
         "tasks": _counted(task for f in good for task in f.tasks),
         "text_window": window,
@@ -218,3 +217,8 @@ def _write(path: Path, report: dict[str, Any]) -> None:
         write_text(path, json.dumps(report, indent=1))
     except OSError as error:
         raise Failure(f"report must be a file that can be written, got {path}: {error.strerror}") from None
+
+
+def _described(size: Size) -> str:
+    """HEIGHTxWIDTH of a (width, height)."""
+    return f"{size[1]}x{size[0]}"

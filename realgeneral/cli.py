@@ -87,7 +87,7 @@ def _precompute(config: Any) -> None:
 
 
 def _train(config: Any) -> None:
-    from realgeneral.train import train
+    from realgeneral.training.train import train
 
     result = train(config)
     skipped = "1 row" if result["skipped"] == 1 else f"{result['skipped']} rows"
@@ -102,7 +102,7 @@ def _generate(config: Any) -> None:
 
 
 def _evaluate(config: Any) -> None:
-    from realgeneral.evaluate import evaluate
+    from realgeneral.evaluation.evaluate import evaluate
 
     evaluate(config)
 

@@ -16,19 +16,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from realgeneral.evaluate import FACE_CHANGE, NanoPairs, generate_all, interval, measures, table_pairs, task_pairs
+from realgeneral.evaluation.metrics import psnr, ssim
+from realgeneral.evaluation.nano_table import FACE_CHANGE, NanoPairs, generate_all, interval, measures, table_pairs, task_pairs
 from realgeneral.files import check_output, write_json
 from realgeneral.generation.arguments import check_steps
 from realgeneral.generation.bases import check_kernels, open_base, use_kernels
 from realgeneral.generation.pipeline import RealGeneralPipeline
-from realgeneral.metrics import psnr, ssim
 from realgeneral.model.adapter import read_adapter_info
 from realgeneral.model.vae import fold_single_frame
 from realgeneral.pictures import picture_grid, save_picture, to_picture
 from realgeneral.settings.sampling import DemoConfig
 from realgeneral.settings.train import TrainConfig
 from realgeneral.tasks import get_task
-from realgeneral.train import train
+from realgeneral.training.train import train
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:

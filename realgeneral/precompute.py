@@ -19,17 +19,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from realgeneral.data.samples import Fitted, PairDataset, Part, TextCheck, variant_seed
+from realgeneral.data.samples import Fitted, PairDataset, Part, variant_seed
 from realgeneral.data.sources.open import open_source
 from realgeneral.data.store import Store, StoreSettings, StoreWriter
 from realgeneral.data.workers import from_workers
 from realgeneral.errors import Failure, UsageError
 from realgeneral.generation.bases import fingerprints, load_encoders, load_for_data
-from realgeneral.loading import encoder_dtype, run_order, run_size, run_tasks
 from realgeneral.model.vae import encode_images
-from realgeneral.objective import TextCache
 from realgeneral.pictures import to_pixels
 from realgeneral.settings.data import PrecomputeConfig
+from realgeneral.training.features import TextCache
+from realgeneral.training.plan import Plan
 
 # what a kill loses at most
 FLUSH_SECONDS = 60.0
@@ -124,14 +124,11 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
         Failure: Data or store cannot be read or written, or `strict` and a row is bad.
     """
     part, count = parse_shard(config.shard)
-    tasks = run_tasks(config.tasks, config.data)
     source = open_source(config.data, config.columns, repeats=False)
     pipe = load_for_data(config.base)
-    window = pipe.transformer.config.max_text_seq_length
-    order = run_order(config, pipe, source, batch_size=1, seed=0)
-    check = TextCheck(pipe.tokenizer, window, config.truncate_prompts)
-    pairs = PairDataset(source, tasks, [], run_size(config, pipe), 0, True, check, order=order)
-    settings = StoreSettings(*fingerprints(config.base), encoder_dtype(config.mixed_precision), window, config.variants)
+    plan = Plan.of(config, pipe)
+    pairs = plan.dataset(source)
+    settings = StoreSettings(*fingerprints(config.base), plan.dtype, plan.window, config.variants)
     writer = StoreWriter(Path(config.output), settings, f"{part:03d}-of-{count:03d}", config.shard_megabytes * 2**20)
 
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")

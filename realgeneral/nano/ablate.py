@@ -24,20 +24,21 @@ from torch import Tensor
 from realgeneral.data.samples import collate
 from realgeneral.data.sources.packaged import NANO_TASKS
 from realgeneral.errors import Failure, UsageError
-from realgeneral.evaluate import NanoPairs, generate_all, measures, nano_pairs
+from realgeneral.evaluation.generator import weights_fingerprint
+from realgeneral.evaluation.metrics import RESAMPLES, Score, bootstrap
+from realgeneral.evaluation.nano_table import NanoPairs, generate_all, measures, nano_pairs
 from realgeneral.files import write_json, write_text
 from realgeneral.generation.pipeline import RealGeneralPipeline
-from realgeneral.metrics import RESAMPLES, Score, bootstrap
 from realgeneral.model.adapter_info import library_versions
 from realgeneral.model.vae import fold_single_frame
 from realgeneral.nano.common import log
-from realgeneral.objective import Draws, TextCache, training_loss
-from realgeneral.protocols.generation import weights_fingerprint
 from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.settings.sampling import NANO_GUIDANCE, NANO_STEPS
 from realgeneral.settings.train import TrainConfig
 from realgeneral.tasks import get_task
-from realgeneral.train import train
+from realgeneral.training.features import TextCache
+from realgeneral.training.objective import Draws, training_loss
+from realgeneral.training.train import train
 
 LOSS = "v-loss"
 LOSS_DRAWS = 4

@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["realgeneral.train", "processes"])
+CONTEXT.set_forkserver_preload(["realgeneral.training.train", "processes"])
 # the server has no other way to find the modules it is to import
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), str(ROOT / "tests" / "realgeneral"), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from realgeneral import tracking
-from realgeneral import train as train_module
 from realgeneral.model.adapter import CONDITION_FILE, LORA_FILE
 from realgeneral.settings.train import TrainConfig
-from realgeneral.train import train
+from realgeneral.training import train as train_module
+from realgeneral.training.progress import tracking
+from realgeneral.training.train import train
 
 
 def rows(run: Path | str) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ def train_until(config: TrainConfig, step: int, monkeypatch: pytest.MonkeyPatch)
 
 
 def command(config: TrainConfig, *more: str) -> list[str]:
-    arguments = [sys.executable, "-m", "realgeneral.train"]
+    arguments = [sys.executable, "-m", "realgeneral.training.train"]
     for name in ("base", "data", "output", "height", "width", "rank", "alpha", "steps", "batch_size", "learning_rate"):
         arguments += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     arguments += ["--tasks", *config.tasks, "--sample-count", "0", "--warmup-steps", "2", *more]

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from realgeneral import RealGeneralPipeline
 from realgeneral.errors import UsageError
-from realgeneral.metrics import Score
+from realgeneral.evaluation.metrics import Score
 from realgeneral.model.adapter import CONDITION_FILE, LORA_FILE
 from realgeneral.nano import ablate
 from realgeneral.nano.ablate import Difference, Values, difference, main, markdown
 from realgeneral.settings.train import TrainConfig
-from realgeneral.train import train
+from realgeneral.training.train import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

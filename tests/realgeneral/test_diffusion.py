@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 
-from realgeneral.diffusion import noised, sample_timesteps, v_target
+from realgeneral.training.objective import noised, sample_timesteps, v_target
 
 
 def scheduler(folder: Path) -> CogVideoXDDIMScheduler:

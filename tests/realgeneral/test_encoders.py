@@ -10,8 +10,15 @@ from conftest import make_photo
 from encoders_on_disk import save_clip, save_depth, save_dino, save_resnet
 from transformers import CLIPModel, ViTModel
 
-from realgeneral.encoders import ClipEncoder, EfficientNetEncoder, ImageEncoder, efficientnet_features, label_of, to_uint8
 from realgeneral.errors import Failure, UsageError
+from realgeneral.evaluation.encoders import (
+    ClipEncoder,
+    EfficientNetEncoder,
+    ImageEncoder,
+    efficientnet_features,
+    label_of,
+    to_uint8,
+)
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,8 @@ from models import trained_model
 from realgeneral import RealGeneralPipeline
 from realgeneral.demo import demo
 from realgeneral.errors import UsageError
-from realgeneral.evaluate import evaluate, generate_all, interval, markdown, nano_pairs, scores
+from realgeneral.evaluation.evaluate import evaluate
+from realgeneral.evaluation.nano_table import generate_all, interval, markdown, nano_pairs, scores
 from realgeneral.model.adapter import save_adapter
 from realgeneral.model.adapter_info import adapter_info
 from realgeneral.nano import assets as nano_assets
@@ -46,7 +47,7 @@ def _captions_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("realgeneral.data.sources.packaged.caption", lambda concept, style, colours=(): "a red pot")
     monkeypatch.setattr(RealGeneralPipeline, "_subject_embeds", lambda *_: None)
     monkeypatch.setattr("realgeneral.data.samples.subject_span_mask", lambda *_: None)
-    monkeypatch.setattr("realgeneral.objective.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
+    monkeypatch.setattr("realgeneral.training.objective.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
 
 
 def test_interval() -> None:

@@ -19,8 +19,8 @@ from test_train_distributed import config as config
 
 from realgeneral.errors import UsageError
 from realgeneral.settings.train import TrainConfig
-from realgeneral.train import train
-from realgeneral.zero import zero_settings
+from realgeneral.training.processes.zero2 import zero_settings
+from realgeneral.training.train import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -44,7 +44,7 @@ def test_launched(config: Callable[..., TrainConfig], launcher: tuple[str, ...],
     if engine == "deepspeed":
         compile_for_deepspeed()
     made = config(steps=2, engine=engine)
-    arguments = [sys.executable, "-m", *launcher, "-m", "realgeneral.train"]
+    arguments = [sys.executable, "-m", *launcher, "-m", "realgeneral.training.train"]
     names = "base data output height width rank steps batch_size learning_rate deepspeed_config"
     for name in names.split():
         arguments += [f"--{name.replace('_', '-')}", str(getattr(made, name))]

@@ -15,12 +15,12 @@ from runs import assert_same_weights, losses, rows, train_until
 from test_data import picture, write_folder
 from test_pictures import encoded
 
-from realgeneral import train as train_module
 from realgeneral.errors import Failure, UsageError
 from realgeneral.generation.bases import load_for_data
-from realgeneral.loading import run_buckets
 from realgeneral.settings.train import TrainConfig
-from realgeneral.train import train
+from realgeneral.training import train as train_module
+from realgeneral.training.plan import Plan
+from realgeneral.training.train import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -106,14 +106,14 @@ def test_standard_buckets_of_each_base(bases: dict[str, Path], config: Callable[
         pipe = load_for_data(str(folder))
         # without buckets too: the one size of training, samples, generation and evaluation
         assert pipe.image_size() == expected[::-1]
-        sizes = run_buckets(config("run", buckets=["standard"]), pipe)
+        sizes = Plan.of(config("run", buckets=["standard"]), pipe).buckets
         assert {expected, expected[::-1]} <= set(sizes)
         assert len(sizes) == (7 if geometry == "1.5" else 9)
-        smaller = run_buckets(config("run", buckets=["standard"], height=512, width=512), pipe)
+        smaller = Plan.of(config("run", buckets=["standard"], height=512, width=512), pipe).buckets
         assert (512, 512) in smaller
         assert len(smaller) >= 7
         assert all(0.8 < w * h / 512**2 < 1.25 for w, h in smaller)
-    assert (64, 64) in run_buckets(config("run", buckets=["standard"]), load_for_data("nano"))
+    assert (64, 64) in Plan.of(config("run", buckets=["standard"]), load_for_data("nano")).buckets
 
 
 @pytest.mark.parametrize("geometry", ["2b", "1.5"])

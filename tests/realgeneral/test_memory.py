@@ -18,15 +18,25 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 from realgeneral import RealGeneralPipeline
-from realgeneral import train as train_module
 from realgeneral.data.samples import Batch
 from realgeneral.data.shapes import Shape
 from realgeneral.errors import Failure
-from realgeneral.memory import MemoryBudget, PeakBytes, StepShape, largest, memory_budget, nbytes, sample_bytes, step_bytes
-from realgeneral.models import load_models
-from realgeneral.objective import Draws, TextCache, training_loss
 from realgeneral.settings.train import TrainConfig
-from realgeneral.train import train
+from realgeneral.training import train as train_module
+from realgeneral.training.features import TextCache
+from realgeneral.training.memory import (
+    MemoryBudget,
+    PeakBytes,
+    StepShape,
+    largest,
+    memory_budget,
+    nbytes,
+    sample_bytes,
+    step_bytes,
+)
+from realgeneral.training.models import load_models
+from realgeneral.training.objective import Draws, training_loss
+from realgeneral.training.train import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 GIVEN = 0.15  # what the budget promises
@@ -148,7 +158,7 @@ def test_budget_counts_every_part(bases: dict[str, Path], monkeypatch: pytest.Mo
     summed = memory_budget(pipe, settings(str(bases["5b"]), engine="fsdp2", gradient_accumulation_steps=2), shape, processes=4)
     assert summed.step == sharded.step + trained - trained // 4
     zero2 = {"engine": "deepspeed", "deepspeed_config": "zero2.json"}
-    monkeypatch.setattr("realgeneral.memory.bucket_bytes", lambda config: 2**20)
+    monkeypatch.setattr("realgeneral.training.memory.bucket_bytes", lambda config: 2**20)
     shared = memory_budget(pipe, settings(str(bases["5b"]), **zero2), shape, processes=4)
     assert (shared.base, shared.trained, shared.optimizer) == (budget.base, trained + trained // 4, budget.optimizer // 4)
     copies = memory_budget(pipe, settings(str(bases["5b"])), shape, processes=4)

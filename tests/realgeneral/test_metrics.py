@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_photo
 
-from realgeneral.metrics import edge_f1, psnr, ssim
+from realgeneral.evaluation.metrics import edge_f1, psnr, ssim
 from realgeneral.pictures import to_pixels
 
 

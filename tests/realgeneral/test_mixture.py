@@ -17,11 +17,11 @@ from realgeneral.data.rows import Block
 from realgeneral.data.samples import PairDataset
 from realgeneral.data.sources.open import open_source
 from realgeneral.errors import Failure, UsageError
-from realgeneral.loading import run_tasks
 from realgeneral.precompute import precompute
-from realgeneral.settings.data import CheckDataConfig, PrecomputeConfig
+from realgeneral.settings.data import CheckDataConfig, DataSettings, PrecomputeConfig
 from realgeneral.settings.train import TrainConfig
-from realgeneral.train import train
+from realgeneral.training.plan import run_tasks
+from realgeneral.training.train import train
 
 
 def mixture(folder: Path, parts: Any) -> str:
@@ -106,7 +106,7 @@ def test_what_needs_a_row_once_has_it_once(tmp_path: Path) -> None:
 def test_packaged_data_has_nanos_tasks(tmp_path: Path) -> None:
     """A list of nothing else too; and a reference of another style is no depth map."""
     packaged = mixture(tmp_path, [{"data": "nano"}, {"data": "avatars", "task": "customization"}])
-    assert run_tasks([], packaged) == run_tasks([], "nano") == run_tasks([], "avatars")
+    assert run_tasks(DataSettings(data=packaged)) == run_tasks(DataSettings()) == run_tasks(DataSettings(data="avatars"))
     data = PairDataset(open_source("nano"), ["depth", "image-to-depth", "customization", "canny"], [], (16, 16), 0, strict=True)
     assert {data[n].task for n in range(20)} == {"customization", "canny"}
 

@@ -16,8 +16,9 @@ from realgeneral import RealGeneralPipeline
 from realgeneral.data.samples import PairDataset
 from realgeneral.data.sources.packaged import NANO_TASKS, TARGET_STYLES, NanoSource
 from realgeneral.demo import demo
-from realgeneral.evaluate import avatar_pairs, evaluate, generate_all, interval, markdown, measures, nano_pairs
-from realgeneral.metrics import edge_f1, psnr, retrieval_hits, ssim
+from realgeneral.evaluation.evaluate import evaluate
+from realgeneral.evaluation.metrics import edge_f1, psnr, retrieval_hits, ssim
+from realgeneral.evaluation.nano_table import avatar_pairs, generate_all, interval, markdown, measures, nano_pairs
 from realgeneral.model.adapter import read_adapter_info
 from realgeneral.model.vae import decode_latents, encode_images, fold_single_frame
 from realgeneral.nano.assets import ASSETS

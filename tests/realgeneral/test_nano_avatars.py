@@ -10,7 +10,7 @@ from PIL import Image, ImageColor, ImageOps
 from realgeneral import RealGeneralPipeline
 from realgeneral.data.sources.open import open_source
 from realgeneral.data.sources.packaged import AvatarSource
-from realgeneral.evaluate import FACE_CHANGE, STYLE_CHANGE, avatar_pairs, measures, table_pairs
+from realgeneral.evaluation.nano_table import FACE_CHANGE, STYLE_CHANGE, avatar_pairs, measures, table_pairs
 from realgeneral.nano import avatars as module
 from realgeneral.nano.avatars import AVATARS_PARQUET, BACKGROUNDS, EYES, FACES, MOUTHS, load_avatars, pack_faces
 

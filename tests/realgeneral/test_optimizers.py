@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from realgeneral.errors import UsageError
-from realgeneral.optimizers import make_optimizer
 from realgeneral.settings.train import TrainConfig
+from realgeneral.training.optimizers import make_optimizer
 
 PARAMETERS = [nn.Parameter(torch.zeros(3))]
 

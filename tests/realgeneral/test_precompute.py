@@ -28,7 +28,7 @@ from realgeneral.errors import Failure, UsageError
 from realgeneral.precompute import parse_shard, precompute
 from realgeneral.settings.data import PrecomputeConfig
 from realgeneral.settings.train import TrainConfig
-from realgeneral.train import train
+from realgeneral.training.train import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 TASKS = ["canny", "inpainting", "image-to-sketch"]
@@ -114,7 +114,7 @@ def test_losses_equal_those_on_the_fly(
     capsys.readouterr()
 
     monkeypatch.setattr(T5EncoderModel, "from_pretrained", forbidden)
-    monkeypatch.setattr("realgeneral.objective.encode_images", forbidden)
+    monkeypatch.setattr("realgeneral.training.objective.encode_images", forbidden)
     stored = training("stored", precomputed=settings().output, mixed_precision=mixed_precision)
     train(stored)
     assert losses(stored.output) == losses(training("plain").output)
@@ -145,7 +145,7 @@ def test_nano_data(training: Callable[..., TrainConfig], settings: Callable[...,
     # as many colours as a draw tells, in words of the tiny text window
     monkeypatch.setattr(pairs, "caption", lambda concept, style, colours=(): " ".join(["a", *["red"] * len(colours), "pot"]))
     monkeypatch.setattr("realgeneral.data.samples.subject_span_mask", lambda *_: None)
-    monkeypatch.setattr("realgeneral.objective.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
+    monkeypatch.setattr("realgeneral.training.objective.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
     monkeypatch.setattr("realgeneral.generation.pipeline.subject_span_mask", lambda *args: torch.zeros(len(args[1]), args[3]))
     common: dict[str, Any] = {"data": "nano", "tasks": ["colouring", "customization"], "buckets": []}
     precompute(settings(**common))

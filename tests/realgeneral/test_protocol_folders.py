@@ -11,7 +11,7 @@ from test_data import write_parquet
 from test_pictures import encoded
 
 from realgeneral.errors import Failure, UsageError
-from realgeneral.protocols.folders import Case, captioned_cases, chosen, readable, repeated, subject_cases
+from realgeneral.evaluation.cases import Case, captioned_cases, chosen, readable, repeated, subject_cases
 
 # the shape of DreamBench's file, with prompts of our own
 DREAMBENCH = """Classes

@@ -16,19 +16,19 @@ from PIL import Image
 
 from realgeneral import RealGeneralPipeline
 from realgeneral.cli import main
-from realgeneral.encoders import ClipEncoder, ImageEncoder
 from realgeneral.errors import Failure, UsageError
-from realgeneral.evaluate import evaluate
-from realgeneral.metrics import bootstrap, frechet_distance
+from realgeneral.evaluation import generator as generation
+from realgeneral.evaluation.cases import Case
+from realgeneral.evaluation.encoders import ClipEncoder, ImageEncoder
+from realgeneral.evaluation.evaluate import evaluate
+from realgeneral.evaluation.generator import read_settings, weights_fingerprint
+from realgeneral.evaluation.metrics import bootstrap, frechet_distance
+from realgeneral.evaluation.scores import SpatialScorer, SubjectEncoders, SubjectScorer, summary
 from realgeneral.model.adapter import save_adapter
 from realgeneral.model.adapter_info import adapter_info
 from realgeneral.model.lora import add_lora
 from realgeneral.nano.emoji import caption, load_emoji
 from realgeneral.pictures import load_picture
-from realgeneral.protocols import generation
-from realgeneral.protocols.folders import Case
-from realgeneral.protocols.generation import read_settings, weights_fingerprint
-from realgeneral.protocols.scores import SpatialScorer, SubjectEncoders, SubjectScorer, summary
 from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.settings.train import LORA_TARGETS
 from realgeneral.tasks import get_task

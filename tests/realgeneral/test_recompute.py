@@ -11,9 +11,9 @@ import torch
 from models import make_inputs, run, trained_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from realgeneral.recompute import ATTENTION_OPS, checkpointing
 from realgeneral.settings.options import parse
 from realgeneral.settings.train import TrainConfig
+from realgeneral.training.models import ATTENTION_OPS, checkpointing
 
 
 class Count(TorchDispatchMode):

@@ -20,13 +20,13 @@ from conftest import make_photo
 from processes import start
 from runs import assert_same_weights, command, environment, losses, rows, train_until, weights
 
-from realgeneral import checkpoint
-from realgeneral import train as train_module
-from realgeneral.bad_batch import load_bad_batch
 from realgeneral.errors import Failure, UsageError
 from realgeneral.model.adapter import CONDITION_FILE, LORA_FILE
 from realgeneral.settings.train import TrainConfig
-from realgeneral.train import train
+from realgeneral.training import checkpoint
+from realgeneral.training import train as train_module
+from realgeneral.training.progress.bad_batch import load_bad_batch
+from realgeneral.training.train import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

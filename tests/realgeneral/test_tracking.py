@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from realgeneral.errors import UsageError
 from realgeneral.settings.train import TrainConfig
-from realgeneral.tracking import MetricsLog, StepRecord, check_tracker, timestep_bucket
+from realgeneral.training.progress.tracking import MetricsLog, StepRecord, check_tracker, timestep_bucket
 
 
 class Bar:

@@ -20,15 +20,17 @@ from conftest import make_photo
 from PIL import Image
 from runs import assert_same_weights, command, environment, losses, rows, weights
 
-from realgeneral import RealGeneralPipeline, samples
-from realgeneral import train as train_module
-from realgeneral.diffusion import v_loss
+from realgeneral import RealGeneralPipeline
 from realgeneral.errors import Failure, UsageError
-from realgeneral.loading import run_tasks
 from realgeneral.model.adapter import read_adapter_info
-from realgeneral.optimizers import learning_rate_factor
+from realgeneral.settings.data import DataSettings
 from realgeneral.settings.train import LORA_TARGETS, TrainConfig
-from realgeneral.train import train
+from realgeneral.training import train as train_module
+from realgeneral.training.objective import v_loss
+from realgeneral.training.optimizers import learning_rate_factor
+from realgeneral.training.plan import run_tasks
+from realgeneral.training.progress import grids as samples
+from realgeneral.training.train import train
 
 # rounding of some thousand float32 operations
 ROUNDING32 = 2e3 * torch.finfo(torch.float32).eps
@@ -388,8 +390,8 @@ def test_learning_rate_schedule(config: Callable[..., TrainConfig]) -> None:
 
 def test_default_tasks() -> None:
     """Nano data has its six tasks, other data the paper's seven."""
-    assert len(run_tasks([], "nano")) == 6
-    assert len(run_tasks([], "/folder")) == 7
+    assert len(run_tasks(DataSettings())) == 6
+    assert len(run_tasks(DataSettings(data="/folder"))) == 7
 
 
 def test_loss_is_per_sample_in_float32() -> None:

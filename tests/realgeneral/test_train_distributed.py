@@ -27,12 +27,13 @@ from conftest import make_photo
 from processes import Outcome, run_processes
 from runs import assert_same_weights, losses, rows, weights
 
-from realgeneral import checkpoint, tracking
-from realgeneral import train as train_module
-from realgeneral.bad_batch import load_bad_batch
-from realgeneral.engine import Engine
 from realgeneral.settings.train import TrainConfig
-from realgeneral.train import train
+from realgeneral.training import checkpoint
+from realgeneral.training import train as train_module
+from realgeneral.training.processes.engine import Engine
+from realgeneral.training.progress import tracking
+from realgeneral.training.progress.bad_batch import load_bad_batch
+from realgeneral.training.train import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 NEEDS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the package deepspeed")

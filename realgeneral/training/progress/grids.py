@@ -6,18 +6,17 @@ import torch
 from PIL import Image
 
 from realgeneral.data.rows import Source
-from realgeneral.data.samples import PairDataset, TextCheck
 from realgeneral.data.sources.packaged import BUILT_IN, built_in
 from realgeneral.generation.bases import lent
 from realgeneral.generation.pipeline import RealGeneralPipeline
-from realgeneral.model.adapter_info import AdapterInfo
-from realgeneral.objective import Texts
 from realgeneral.pictures import picture_grid, to_picture
 from realgeneral.settings.train import TrainConfig
+from realgeneral.training.features import Texts
+from realgeneral.training.plan import Plan
 
 
 def sample_grid(
-    pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source, texts: Texts, variants: int = 0
+    pipe: RealGeneralPipeline, config: TrainConfig, plan: Plan, source: Source, texts: Texts, variants: int = 0
 ) -> Image.Image:
     """A grid (condition | result | target) of the first `sample_count` rows of a fixed order; of packaged data held-out rows.
 
@@ -30,17 +29,16 @@ def sample_grid(
     if config.data in BUILT_IN and not config.precomputed:
         source = built_in(config.data, "held_out")
     with lent(pipe.vae, pipe.transformer.device):
-        return _grid(pipe, config, info, source, texts, variants if config.precomputed else 0)
+        return _grid(pipe, config, plan, source, texts, variants if config.precomputed else 0)
 
 
 def _grid(
-    pipe: RealGeneralPipeline, config: TrainConfig, info: AdapterInfo, source: Source, texts: Texts, variants: int
+    pipe: RealGeneralPipeline, config: TrainConfig, plan: Plan, source: Source, texts: Texts, variants: int
 ) -> Image.Image:
-    height, width = pipe.image_size(config.height or None, config.width or None)
-    check = TextCheck(pipe.tokenizer, pipe.transformer.config.max_text_seq_length, config.truncate_prompts)
-    dataset = PairDataset(
-        source, info.tasks, config.task_weights, (width, height), config.seed, False, check, variants=variants
+    dataset = plan.dataset(
+        source, weights=config.task_weights, seed=config.seed, strict=False, one_size=True, variants=variants
     )
+    width, height = plan.size
     rows, labels = [], []
     device = pipe.transformer.device
     for n in range(config.sample_count):

@@ -10,20 +10,20 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from realgeneral.encoders import loading
 from realgeneral.errors import Failure, UsageError
+from realgeneral.evaluation.cases import Case, captioned_cases, chosen, readable, repeated, subject_cases
+from realgeneral.evaluation.encoders import loading
+from realgeneral.evaluation.generator import CaseGenerator, weights_fingerprint
+from realgeneral.evaluation.metrics import Score, frechet_distance
+from realgeneral.evaluation.report import grid, markdown, paper_record
+from realgeneral.evaluation.scores import Scorer, SpatialScorer, SubjectEncoders, SubjectScorer, summary
 from realgeneral.files import write_json, write_text
 from realgeneral.generation.bases import load_pipeline
 from realgeneral.generation.pipeline import RealGeneralPipeline
-from realgeneral.metrics import Score, frechet_distance
 from realgeneral.model.adapter import read_adapter_info
 from realgeneral.model.adapter_info import library_versions
 from realgeneral.pictures import save_picture
 from realgeneral.prompts import cut_prompt
-from realgeneral.protocols.folders import Case, captioned_cases, chosen, readable, repeated, subject_cases
-from realgeneral.protocols.generation import CaseGenerator, weights_fingerprint
-from realgeneral.protocols.report import grid, markdown, paper_record
-from realgeneral.protocols.scores import Scorer, SpatialScorer, SubjectEncoders, SubjectScorer, summary
 from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.settings.sampling import sampling
 from realgeneral.tasks import Depth, Task, get_task

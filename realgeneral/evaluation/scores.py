@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from realgeneral.encoders import ClipEncoder, ImageEncoder, to_uint8
 from realgeneral.errors import UsageError
-from realgeneral.metrics import Score, bootstrap, depth_mse, edge_f1, ssim
+from realgeneral.evaluation.cases import Case
+from realgeneral.evaluation.encoders import ClipEncoder, ImageEncoder, to_uint8
+from realgeneral.evaluation.metrics import Score, bootstrap, depth_mse, edge_f1, ssim
 from realgeneral.pictures import load_picture
-from realgeneral.protocols.folders import Case
 from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.tasks import Canny, Depth, Task
 

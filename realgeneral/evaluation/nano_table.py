@@ -18,13 +18,11 @@ from realgeneral.data.samples import PairDataset, Sample
 from realgeneral.data.shapes import Size
 from realgeneral.data.sources.packaged import TARGET_STYLES, AvatarSource, NanoSource
 from realgeneral.errors import UsageError
-from realgeneral.files import check_output, write_json, write_text
-from realgeneral.generation.arguments import check_steps
-from realgeneral.generation.bases import load_pipeline, open_base
+from realgeneral.evaluation.metrics import edge_f1, feature_hits, image_features, psnr, ssim
+from realgeneral.files import write_json, write_text
+from realgeneral.generation.bases import load_pipeline
 from realgeneral.generation.pipeline import RealGeneralPipeline
-from realgeneral.metrics import edge_f1, feature_hits, image_features, psnr, ssim
-from realgeneral.model.adapter import read_adapter_info
-from realgeneral.model.adapter_info import AdapterInfo, check_fits, library_versions
+from realgeneral.model.adapter_info import AdapterInfo, library_versions
 from realgeneral.nano.avatars import FACES
 from realgeneral.pictures import picture_grid, save_picture, to_picture, to_pixels
 from realgeneral.settings.evaluate import EvaluateConfig
@@ -32,6 +30,8 @@ from realgeneral.settings.sampling import sampling
 from realgeneral.tasks import get_task
 
 METHODS = ("adapter", "copy condition", "base")
+
+
 FACE_CHANGE, STYLE_CHANGE = "customization of face", "customization of style"
 
 
@@ -181,19 +181,13 @@ def scores(values: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
     }
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Run a protocol; for nano the comparison by task: `table.md`, `results.json` and one grid per task.
+def nano_table(config: EvaluateConfig, info: AdapterInfo) -> dict[str, Any]:
+    """Compare by task: `table.md`, `results.json` and one grid per task.
 
-    Raises:
-        UsageError: A task that the adapter was not trained for, or a setting that does not fit the protocol.
-        Failure: Something cannot be read or written.
-        RuntimeError: The image encoder of the extra "eval" is missing.
+    Args:
+        config: Settings.
+        info: The adapter's description.
     """
-    info = _check(config)
-    if config.protocol != "nano":
-        from realgeneral.protocols.run import run_protocol
-
-        return run_protocol(config)
     if options := [task for task in config.tasks if ":" in task and task not in info.tasks]:
         raise UsageError(f"tasks must be names, scored with the adapter's own options {list(info.tasks)}, got {options[0]!r}")
     specs = [info.task_spec(name.partition(":")[0]) for name in config.tasks or info.task_names]
@@ -221,18 +215,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         write_json(output / "results.json", record)
     print(note + markdown(results))
     return results
-
-
-def _check(config: EvaluateConfig) -> AdapterInfo:
-    """What can be told before weights are loaded; returns the adapter's description."""
-    check_output(config.output)
-    base, info = open_base(config.base), read_adapter_info(config.adapter)
-    height, width = base.image_size()
-    if config.protocol == "nano" and (height, width) != (64, 64):
-        raise UsageError(f"base must be a 64 px model such as nano for nano's table, got one of {height} x {width} px")
-    check_fits(base.transformer, info)
-    check_steps("steps", sampling(config, "")[0], base.scheduler)
-    return info
 
 
 def comparison_grid(pairs: NanoPairs, images: dict[str, Tensor], rows: int) -> Image.Image:

@@ -22,30 +22,30 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from realgeneral import checkpoint
-from realgeneral.bad_batch import MicroBatch, save_bad_batch
 from realgeneral.data.order import RunSampler
 from realgeneral.data.rows import Source
 from realgeneral.data.samples import Batch, PairDataset, collate
 from realgeneral.data.shapes import Shape
 from realgeneral.data.sources.open import open_source
 from realgeneral.data.workers import leave_signals, loaded
-from realgeneral.engine import Engine, Stop
 from realgeneral.errors import Failure, UsageError
 from realgeneral.generation.pipeline import RealGeneralPipeline
-from realgeneral.loading import training_dataset, training_texts
-from realgeneral.memory import MemoryBudget, StepShape, largest, memory_budget, used_bytes
 from realgeneral.model.adapter import adapter_tensors, write_adapter
 from realgeneral.model.adapter_info import AdapterInfo
-from realgeneral.models import load_models, place_models
-from realgeneral.objective import Draws, Texts, training_loss
-from realgeneral.optimizers import learning_rate_factor, make_optimizer
 from realgeneral.pictures import save_picture
-from realgeneral.preflight import check_training
-from realgeneral.samples import sample_grid
 from realgeneral.settings.train import TrainConfig
-from realgeneral.shards import whole
-from realgeneral.tracking import MetricsLog, StepRecord, check_tracker
+from realgeneral.training import checkpoint
+from realgeneral.training.features import Texts, training_texts
+from realgeneral.training.memory import MemoryBudget, StepShape, largest, memory_budget, used_bytes
+from realgeneral.training.models import load_models, place_models
+from realgeneral.training.objective import Draws, training_loss
+from realgeneral.training.optimizers import learning_rate_factor, make_optimizer
+from realgeneral.training.plan import Plan, check_training, training_dataset
+from realgeneral.training.processes.engine import Engine, Stop
+from realgeneral.training.processes.fsdp2 import whole
+from realgeneral.training.progress.bad_batch import MicroBatch, save_bad_batch
+from realgeneral.training.progress.grids import sample_grid
+from realgeneral.training.progress.tracking import MetricsLog, StepRecord, check_tracker
 
 
 @dataclass
@@ -58,6 +58,7 @@ class Run:
     source: Source
     pipe: RealGeneralPipeline
     info: AdapterInfo
+    plan: Plan
     model: nn.Module  # what is called in training: the pipeline's transformer, perhaps wrapped
     trained: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -115,7 +116,8 @@ def open_run(config: TrainConfig, engine: Engine) -> Run:
         if resumed:
             checkpoint.load_weights(resumed, pipe.transformer)
             checkpoint.check_base(resumed, pipe.transformer, config.base)
-        dataset = training_dataset(config, pipe, info.tasks, source)
+        plan = Plan.of(begun, pipe)
+        dataset = training_dataset(config, plan, source)
         if resumed:
             checkpoint.check_data(resumed, dataset)
         batches = open_data(config, engine, dataset, start)
@@ -131,7 +133,8 @@ def open_run(config: TrainConfig, engine: Engine) -> Run:
     with engine.together():
         log = MetricsLog(output / "metrics.jsonl", start, config, engine.is_main, skipped)
     return Run(
-        config, engine, output, source, pipe, info, model, trained, optimizer, ema, texts, dataset, batches, start, log, budget
+        config, engine, output, source, pipe, info, plan, model, trained, optimizer, ema, texts, dataset, batches, start, log,
+        budget,
     )  # fmt: skip
 
 
@@ -277,7 +280,7 @@ def save_samples(run: Run, step: int, ema: EMAModel | None) -> None:
         if engine.is_main or engine.sharded:
             # a compiled model would be compiled again for the sampler's batch and its condition cache
             with torch.compiler.set_stance("force_eager" if config.compile else "default"):
-                picture = sample_grid(run.pipe, config, run.info, run.source, run.texts, run.dataset.variants)
+                picture = sample_grid(run.pipe, config, run.plan, run.source, run.texts, run.dataset.variants)
     transformer.train()
     if ema is not None:
         ema.restore(run.trained)
@@ -299,9 +302,3 @@ def finish(run: Run) -> dict[str, Any]:
     summary = run.log.summary(run.config.steps, folder)
     engine.close()
     return summary
-
-
-if __name__ == "__main__":
-    from realgeneral.cli import main
-
-    sys.exit(main(["train", *sys.argv[1:]]))

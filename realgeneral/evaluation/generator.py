@@ -16,9 +16,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from realgeneral.errors import Failure
+from realgeneral.evaluation.cases import Case
 from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.pictures import fit_picture, load_picture, save_picture
-from realgeneral.protocols.folders import Case
 from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.settings.sampling import sampling
 from realgeneral.tasks import Task

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from realgeneral.data.samples import Batch
-from realgeneral.objective import Draws
+from realgeneral.training.objective import Draws
 
 
 @dataclass

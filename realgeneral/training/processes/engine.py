@@ -9,26 +9,22 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import warnings
 from collections.abc import Iterator, Sequence
-from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from realgeneral.errors import Failure, UsageError
 from realgeneral.model.transformer import RealGeneralTransformer3DModel
 from realgeneral.settings.train import TrainConfig
-from realgeneral.zero import ZeroOptimizer, zero_settings
-from rgkernels.cogvideox import block_forward
+from realgeneral.training.processes.fsdp2 import shard
+from realgeneral.training.processes.zero2 import ZeroOptimizer, zero_settings
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 # set by accelerate's launcher, which on a CPU would train with DDP all the same
@@ -163,38 +159,6 @@ class Engine:
             # would hold it meanwhile (a deadlock in one of some forty runs with gloo), the group's own destructor does not
             del self.replica.reducer, self.replica.logger
         self.accelerator.end_training()
-
-
-def shard(transformer: RealGeneralTransformer3DModel, device: torch.device) -> RealGeneralTransformer3DModel:
-    """Share a transformer out over all processes with FSDP2: frozen base, LoRA and condition branch alike.
-
-    A unit, gathered right before use and freed right after, is a block without its modulation, the stock modulation of a block,
-    or the condition's own; the rest (embeddings, last norms, output projection) is the root's unit.
-
-    Note:
-        The joint sequence runs through `block_forward`, not through a block's `forward`, around which FSDP's hooks run: the
-        blocks get it as a method that FSDP knows.
-    """
-    # a block's outputs are views, which would matter if anything here worked in place
-    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    # the root too: a gathered copy would hide weights that the average or a checkpoint puts into the shards
-    unit = partial(fully_shard, mesh=mesh, reshard_after_forward=True)
-    for block, own in zip(transformer.transformer_blocks, transformer.condition_adaln, strict=True):
-        unit([block.norm1.linear, block.norm2.linear])  # type: ignore[union-attr]
-        unit([own.norm1, own.norm2])  # type: ignore[union-attr]
-        unit(block)
-        block.joint_forward = MethodType(block_forward, block)  # type: ignore[assignment]
-        register_fsdp_forward_method(block, "joint_forward")
-    unit(transformer)
-    for method in ("encode_condition", "embed"):
-        register_fsdp_forward_method(transformer, method)
-    transformer.run_block = _joint_forward  # type: ignore[method-assign]
-    return transformer
-
-
-def _joint_forward(block: Any, *args: Any, **kwargs: Any) -> Any:
-    return block.joint_forward(*args, **kwargs)
 
 
 class Stop:

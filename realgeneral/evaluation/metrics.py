@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from realgeneral.encoders import EFFICIENTNET, EfficientNetEncoder, ImageEncoder, efficientnet_features
 from realgeneral.errors import Failure
+from realgeneral.evaluation.encoders import EFFICIENTNET, EfficientNetEncoder, ImageEncoder, efficientnet_features
 
 RESAMPLES = 2000
 

@@ -1,22 +1,17 @@
-"""From samples to the loss: batches, text features, noise, and the prediction of v on the target's tokens."""
+"""Latents and text features of a batch: encoded as they are needed, or from a store."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from realgeneral.data.samples import Batch
+from realgeneral.data.samples import Batch, PairDataset
 from realgeneral.data.store import Store
-from realgeneral.diffusion import noised, sample_timesteps, v_loss, v_target
 from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.model.vae import encode_images
-from realgeneral.prompts import pool_subject, subject_span_mask
-from realgeneral.settings.train import TrainConfig
 
 
 class Texts(Protocol):
@@ -26,43 +21,6 @@ class Texts(Protocol):
 
     def __call__(self, prompts: list[str]) -> Tensor:
         """Features of each prompt, encoded by itself."""
-
-
-@dataclass(frozen=True)
-class Draws:
-    """What is random in a batch: each sample's part is a function of (seed, sample number) alone.
-
-    Batch size, accumulation, number of processes and resumption therefore change nothing of it.
-
-    Args:
-        text_dropped: Samples that are trained without their prompt, [B] bool.
-        condition_dropped: Samples that are trained without their condition, [B] bool.
-        timesteps: [B] int64.
-        noise_seeds: Seed of each sample's noise.
-    """
-
-    text_dropped: Tensor
-    condition_dropped: Tensor
-    timesteps: Tensor
-    noise_seeds: tuple[int, ...]
-
-    @classmethod
-    def of(cls, config: TrainConfig, numbers: Sequence[int], num_train_timesteps: int) -> Draws:
-        """Draw for the samples of these numbers, on the CPU."""
-        seeds = [2 * (config.seed * 1_000_003 + number) for number in numbers]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        uniform = torch.stack([torch.rand(2, generator=generator) for generator in generators])
-        timesteps = torch.cat([sample_timesteps(1, num_train_timesteps, generator) for generator in generators])
-        return cls(
-            uniform[:, 0] < config.text_dropout,
-            uniform[:, 1] < config.condition_dropout,
-            timesteps,
-            tuple(seed + 1 for seed in seeds),
-        )
-
-    def noise(self, shape: Sequence[int]) -> Tensor:
-        """Standard normal noise, [B, *shape] float32."""
-        return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in self.noise_seeds])
 
 
 class TextCache:
@@ -129,28 +87,6 @@ def encode(pipe: RealGeneralPipeline, texts: Texts, batch: Batch) -> tuple[Tenso
     return images.float(), texts(batch.prompts)
 
 
-def training_loss(pipe: RealGeneralPipeline, model: nn.Module, texts: Texts, batch: Batch, draws: Draws) -> Tensor:
-    """Per-sample loss, [B]: encode, noise, drop prompts and conditions, predict v on the target tokens."""
-    transformer, device = pipe.transformer, batch.target.device
-    with torch.no_grad():
-        latents, text = encode(pipe, texts, batch)
-        frames = transformer.geometry.frames_per_image
-        clean, conditions = latents[:, :1].repeat(1, frames, 1, 1, 1), latents[:, 1:]
-        subjects = subject_span_mask(pipe.tokenizer, batch.prompts, batch.subjects, texts.window).to(device)
-        subject_embeds = pool_subject(text, subjects)
-        text = torch.where(draws.text_dropped.to(device)[:, None, None], texts([""]), text)
-        kept = ~draws.condition_dropped.to(device)
-        conditions = conditions * kept[:, None, None, None, None]
-        timesteps, noise = draws.timesteps.to(device), draws.noise(clean.shape[1:]).to(device)
-        noisy, wanted = noised(pipe.scheduler, clean, noise, timesteps), v_target(pipe.scheduler, clean, noise, timesteps)
-    dtype = transformer.proj_out.weight.dtype
-    prediction = model(
-        noisy.to(dtype),
-        text.to(dtype),
-        timesteps,
-        condition_latents=conditions.to(dtype),
-        task_ids=transformer.task_ids(batch.tasks),
-        subject_embeds=subject_embeds,
-        return_dict=False,
-    )[0]
-    return v_loss(prediction, wanted)
+def training_texts(pipe: RealGeneralPipeline, dataset: PairDataset, device: torch.device) -> Texts:
+    """Text features of a run: from its store, or encoded as they are needed."""
+    return TextCache(pipe) if dataset.store is None else StoredTexts(dataset.store, device)

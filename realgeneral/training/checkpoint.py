@@ -34,7 +34,7 @@ from realgeneral.model.adapter import (
 )
 from realgeneral.model.adapter_info import AdapterInfo, check_fits, trained_on
 from realgeneral.settings.train import TrainConfig, adjusted, check_resumable
-from realgeneral.shards import shard_like, whole
+from realgeneral.training.processes.fsdp2 import shard_like, whole
 
 STATE_FILE = "training_state.pt"
 
@@ -138,7 +138,7 @@ def snapshot(
         optimizer: Its optimizer.
         ema: Its average, or None.
         skipped: Rows that were.
-        keep: False only takes part in the gathering (see `realgeneral.shards.whole`).
+        keep: False only takes part in the gathering (see `realgeneral.training.processes.fsdp2.whole`).
     """
     state = {
         "step": step,

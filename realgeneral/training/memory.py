@@ -22,13 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from realgeneral.data.shapes import Shape
-from realgeneral.diffusion import v_loss
 from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.model.presets import get_preset
 from realgeneral.model.vae import decode_latents, encode_images
-from realgeneral.objective import encode_pictures
 from realgeneral.settings.train import TrainConfig
-from realgeneral.zero import bucket_bytes
+from realgeneral.training.features import encode_pictures
+from realgeneral.training.objective import v_loss
+from realgeneral.training.processes.zero2 import bucket_bytes
 
 GIB = 2**30
 # bytes per trained weight: two moments in float32, or in 8 bits with a float32 scale per block of 256

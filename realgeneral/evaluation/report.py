@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from realgeneral.metrics import RESAMPLES, Score
+from realgeneral.evaluation.metrics import RESAMPLES, Score
 from realgeneral.pictures import picture_grid
 
 PAPER_SOURCE = (
@@ -25,8 +25,6 @@ PAPER_UNKNOWN["depth"] = PAPER_UNKNOWN["canny"]
 
 
 PAPER_COLUMNS = {"customization": ("CLIP-I", "DINO", "CLIP-T"), "canny": ("FID", "SSIM"), "depth": ("FID", "SSIM")}
-
-
 # strings: as printed
 PAPER_ROWS: dict[str, dict[str, tuple[str, ...]]] = {
     "customization": {
