@@ -53,7 +53,7 @@ def build_model(
         device: Where.
         dtype: Of the weights.
         layers: Transformer blocks, None = all of the geometry.
-        preset: As in `realgeneral.layout`.
+        preset: As in `realgeneral.model.presets`.
     """
     config = config_of(shape) | ({"num_layers": layers} if layers else {})
     before = torch.get_default_dtype()

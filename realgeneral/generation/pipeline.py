@@ -157,7 +157,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
             width: As `height`.
             num_inference_steps: Denoising steps.
             guidance_scale: Classifier-free guidance on the prompt; 1 or less turns it off.
-            image_guidance_scale: Guidance on the condition images (`realgeneral.guidance.Guidance`); 1 turns it off. Equal to
+            image_guidance_scale: Guidance on the condition images (`realgeneral.generation.guidance.Guidance`); 1 turns it off. Equal to
                 `guidance_scale` it costs no more than guidance on the prompt alone, else a third pass per step.
             num_images_per_prompt: Images per prompt.
             generator: Random state, one for all or one per image.

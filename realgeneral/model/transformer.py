@@ -37,7 +37,7 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
 
     Args:
         tasks: Names of the tasks, one row of the task embedding each.
-        preset: "paper", "cached" or "open"; see `realgeneral.layout.Preset`.
+        preset: "paper", "cached" or "open"; see `realgeneral.model.presets.Preset`.
         **base: The stock model's config.
 
     Raises:
@@ -131,7 +131,7 @@ class RealGeneralTransformer3DModel(CogVideoXTransformer3DModel):
         if getattr(self, "peft_config", None):
             raise ValueError(
                 "transformer must have no LoRA to be saved, got one: fuse_lora() and unload_lora() first, "
-                "or realgeneral.adapter.save_adapter() for the adapter alone"
+                "or realgeneral.save_adapter() for the adapter alone"
             )
 
     def reset_condition_branch(self) -> None:

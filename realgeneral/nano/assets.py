@@ -8,7 +8,6 @@ from pathlib import Path
 NANO = Path(__file__).resolve().parent
 ASSETS = NANO / "assets"
 BASE = ASSETS / "base"
-LOGS = ASSETS / "logs"
 
 
 def resolve_base(base: str | os.PathLike[str]) -> str:

@@ -9,13 +9,14 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 import pyarrow.parquet as pq
 from PIL import Image
 
-EMOJI_PARQUET = Path(__file__).resolve().parent / "assets" / "emoji.parquet"
+from realgeneral.nano.assets import ASSETS
+
+EMOJI_PARQUET = ASSETS / "emoji.parquet"
 STYLE_WORDS = {
     "flat": "flat icon",
     "high_contrast": "black line icon",

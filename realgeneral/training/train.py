@@ -1,7 +1,7 @@
 """Training of adapters: LoRA and condition branch on a frozen CogVideoX, nano and real alike, on one device or many.
 
-python -m realgeneral.train --base nano --data nano --tasks canny --output outputs/canny
-torchrun --nproc-per-node 8 -m realgeneral.train --engine fsdp2 --base THUDM/CogVideoX-5b --data pictures --output outputs/five
+python -m realgeneral train --base nano --data nano --tasks canny --output outputs/canny
+torchrun --nproc-per-node 8 -m realgeneral train --engine fsdp2 --base THUDM/CogVideoX-5b --data pictures --output outputs/five
 """
 
 from __future__ import annotations

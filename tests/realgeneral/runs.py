@@ -57,7 +57,7 @@ def train_until(config: TrainConfig, step: int, monkeypatch: pytest.MonkeyPatch)
 
 
 def command(config: TrainConfig, *more: str) -> list[str]:
-    arguments = [sys.executable, "-m", "realgeneral.training.train"]
+    arguments = [sys.executable, "-m", "realgeneral", "train"]
     for name in ("base", "data", "output", "height", "width", "rank", "alpha", "steps", "batch_size", "learning_rate"):
         arguments += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     arguments += ["--tasks", *config.tasks, "--sample-count", "0", "--warmup-steps", "2", *more]
@@ -65,6 +65,6 @@ def command(config: TrainConfig, *more: str) -> list[str]:
 
 
 def environment(**changes: str | None) -> dict[str, str]:
-    root = str(Path(train_module.__file__).parents[1])
+    root = str(Path(train_module.__file__).parents[2])
     merged = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **changes}
     return {k: v for k, v in merged.items() if v is not None}

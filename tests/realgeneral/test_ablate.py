@@ -14,10 +14,10 @@ from realgeneral import RealGeneralPipeline
 from realgeneral.errors import UsageError
 from realgeneral.evaluation.metrics import Score
 from realgeneral.model.adapter import CONDITION_FILE, LORA_FILE
-from realgeneral.nano import ablate
-from realgeneral.nano.ablate import Difference, Values, difference, main, markdown
 from realgeneral.settings.train import TrainConfig
 from realgeneral.training.train import train
+from recipes import ablate
+from recipes.ablate import Difference, Values, difference, main, markdown
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

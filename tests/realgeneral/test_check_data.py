@@ -11,8 +11,8 @@ from conftest import make_photo
 from test_data import BAD, Rows, Writer, good_rows, picture, write_folder, write_parquet, write_tar
 from test_pictures import encoded
 
-from realgeneral.check_data import REASONS, check_data
-from realgeneral.cli import main
+from realgeneral.commands.check_data import REASONS, check_data
+from realgeneral.commands.cli import main
 from realgeneral.errors import Failure
 from realgeneral.settings.data import CheckDataConfig
 

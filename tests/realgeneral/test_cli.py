@@ -15,8 +15,9 @@ from diffusers import CogVideoXPipeline
 from models import TASKS, trained_model
 from test_pictures import bomb
 
-from realgeneral import RealGeneralPipeline, __version__, cli
-from realgeneral.cli import main
+from realgeneral import RealGeneralPipeline, __version__
+from realgeneral.commands import cli
+from realgeneral.commands.cli import main
 from realgeneral.model.adapter import CONDITION_FILE, save_adapter
 from realgeneral.model.adapter_info import adapter_info
 from realgeneral.settings.options import parse
@@ -116,7 +117,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_and_typing_errors_import_no_models(arguments: list[str]) -> None:
     """They answer at once: neither torch nor diffusers nor transformers is imported, which takes seconds."""
     code = (
-        f"import sys; from realgeneral.cli import main\ntry: main({arguments})\nexcept SystemExit: pass\n"
+        f"import sys; from realgeneral.commands.cli import main\ntry: main({arguments})\nexcept SystemExit: pass\n"
         "print([name for name in ('torch', 'diffusers', 'transformers', 'numpy', 'PIL') if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -434,7 +435,7 @@ def test_check_precompute_train(work: dict[str, str], capsys: pytest.CaptureFixt
 
 def test_real_processes(work: dict[str, str]) -> None:
     """`python -m realgeneral`: usage without a command, one line for a bad file, a picture for a good one."""
-    root = str(Path(cli.__file__).parents[1])
+    root = str(Path(cli.__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from checkpoints import save_checkpoint, tiny_transformer
 from models import trained_model
 
 from realgeneral import RealGeneralPipeline
-from realgeneral.demo import demo
+from realgeneral.commands.demo import demo
 from realgeneral.errors import UsageError
 from realgeneral.evaluation.evaluate import evaluate
 from realgeneral.evaluation.nano_table import generate_all, interval, markdown, nano_pairs, scores

@@ -14,7 +14,7 @@ from models import trained_model
 from PIL import Image
 
 from realgeneral import RealGeneralPipeline
-from realgeneral.generate import derive_condition, generate
+from realgeneral.commands.generate import derive_condition, generate
 from realgeneral.model.adapter import save_adapter
 from realgeneral.model.adapter_info import adapter_info
 from realgeneral.pictures import fit_picture, load_picture

@@ -44,7 +44,7 @@ def test_launched(config: Callable[..., TrainConfig], launcher: tuple[str, ...],
     if engine == "deepspeed":
         compile_for_deepspeed()
     made = config(steps=2, engine=engine)
-    arguments = [sys.executable, "-m", *launcher, "-m", "realgeneral.training.train"]
+    arguments = [sys.executable, "-m", *launcher, "-m", "realgeneral", "train"]
     names = "base data output height width rank steps batch_size learning_rate deepspeed_config"
     for name in names.split():
         arguments += [f"--{name.replace('_', '-')}", str(getattr(made, name))]

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from test_data import good_rows, picture, write_folder, write_parquet
 
-from realgeneral.check_data import check_data
+from realgeneral.commands.check_data import check_data
+from realgeneral.commands.precompute import precompute
 from realgeneral.data import order as buckets
 from realgeneral.data.order import epoch_order
 from realgeneral.data.rows import Block
 from realgeneral.data.samples import PairDataset
 from realgeneral.data.sources.open import open_source
 from realgeneral.errors import Failure, UsageError
-from realgeneral.precompute import precompute
 from realgeneral.settings.data import CheckDataConfig, DataSettings, PrecomputeConfig
 from realgeneral.settings.train import TrainConfig
 from realgeneral.training.plan import run_tasks

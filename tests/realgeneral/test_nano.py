@@ -13,9 +13,9 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from PIL import Image, ImageColor
 
 from realgeneral import RealGeneralPipeline
+from realgeneral.commands.demo import demo
 from realgeneral.data.samples import PairDataset
 from realgeneral.data.sources.packaged import NANO_TASKS, TARGET_STYLES, NanoSource
-from realgeneral.demo import demo
 from realgeneral.evaluation.evaluate import evaluate
 from realgeneral.evaluation.metrics import edge_f1, psnr, retrieval_hits, ssim
 from realgeneral.evaluation.nano_table import avatar_pairs, generate_all, interval, markdown, measures, nano_pairs
@@ -24,11 +24,11 @@ from realgeneral.model.vae import decode_latents, encode_images, fold_single_fra
 from realgeneral.nano.assets import ASSETS
 from realgeneral.nano.colours import COLOURS, colour_words
 from realgeneral.nano.emoji import EMOJI_PARQUET, STYLES, Concept, caption, load_emoji
-from realgeneral.nano.train_vae import decoder_terms, latent_noise
 from realgeneral.pictures import to_pixels
 from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.settings.sampling import DemoConfig
 from realgeneral.tasks import get_task
+from recipes.train_vae import decoder_terms, latent_noise
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 
-from realgeneral.nano.base import make_transformer, rotary
-from realgeneral.nano.train_base import attention_mask
+from recipes.base import make_transformer, rotary
+from recipes.train_base import attention_mask
 
 TOKENS = 64
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from realgeneral.nano.clips import COLOURLESS, KIND_WORDS, ClipSource
 from realgeneral.nano.emoji import STYLE_WORDS, STYLES, load_emoji
-from realgeneral.nano.icons import SAME, distinct
-from realgeneral.nano.latents import COLOUR_STYLES, COPIES, EMOJI, ICONS, Entries, Pool, alter, load_things, render_entries
+from recipes.clips import COLOURLESS, KIND_WORDS, ClipSource
+from recipes.icons import SAME, distinct
+from recipes.latents import COLOUR_STYLES, COPIES, EMOJI, ICONS, Entries, Pool, alter, load_things, render_entries
 
 CONCEPTS = 3
 

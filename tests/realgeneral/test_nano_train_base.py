@@ -10,8 +10,8 @@ import pytest
 import torch
 from diffusers import CogVideoXPipeline
 
-from realgeneral.nano import train_base
-from realgeneral.nano.latents import EMOJI, load_things, render_row, render_rows, renderers
+from recipes import train_base
+from recipes.latents import EMOJI, load_things, render_row, render_rows, renderers
 
 
 @pytest.fixture

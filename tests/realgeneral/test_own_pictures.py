@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import make_photo
 
-from realgeneral.cli import main
+from realgeneral.commands.cli import main
 from realgeneral.errors import UsageError
 from realgeneral.generation.bases import load_for_data
 from realgeneral.prompts import cut_prompt

@@ -22,10 +22,10 @@ from test_data import picture, write_folder
 from test_pictures import encoded
 from transformers import T5EncoderModel
 
-from realgeneral import precompute as precompute_module
+from realgeneral.commands import precompute as precompute_module
+from realgeneral.commands.precompute import parse_shard, precompute
 from realgeneral.data.store import Store, StoreFailure
 from realgeneral.errors import Failure, UsageError
-from realgeneral.precompute import parse_shard, precompute
 from realgeneral.settings.data import PrecomputeConfig
 from realgeneral.settings.train import TrainConfig
 from realgeneral.training.train import train
@@ -369,7 +369,7 @@ def test_a_killed_process_goes_on(settings: Callable[..., PrecomputeConfig], tmp
     common = {"data": str(tmp_path), "tasks": ["inpainting"]}
     command = [
         sys.executable, "-c",
-        "from realgeneral.settings.data import PrecomputeConfig\nfrom realgeneral.precompute import precompute\n"
+        "from realgeneral.settings.data import PrecomputeConfig\nfrom realgeneral.commands.precompute import precompute\n"
         f"config = PrecomputeConfig(base={str(bases['5b'])!r}, data={str(tmp_path)!r}, tasks=['inpainting'], variants=2,"
         f" buckets=['16x32', '32x16'], output={settings().output!r})\n"
         "object.__setattr__(config, 'shard_megabytes', 0)\nprecompute(config)",

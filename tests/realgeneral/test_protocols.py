@@ -15,7 +15,7 @@ from encoders_on_disk import save_clip, save_depth, save_dino
 from PIL import Image
 
 from realgeneral import RealGeneralPipeline
-from realgeneral.cli import main
+from realgeneral.commands.cli import main
 from realgeneral.errors import Failure, UsageError
 from realgeneral.evaluation import generator as generation
 from realgeneral.evaluation.cases import Case

@@ -246,7 +246,7 @@ def test_new_process_makes_the_same_picture(
         "output": tmp_path / "same.png",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "realgeneral.cli", "generate", *(f"--{key}={value}" for key, value in arguments.items())],
+        [sys.executable, "-m", "realgeneral", "generate", *(f"--{key}={value}" for key, value in arguments.items())],
         env=environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 """Recipe: which part of the method earns its place at nano's size.
 
-python -m realgeneral.nano.ablate --output outputs/ablation
+python -m recipes.ablate --output outputs/ablation
 
 Every variant is trained with the same seeds, steps and batches (a sample, its noise and its timestep depend on seed and step
 alone), then judged on the same held-out concepts with the same noise. The same command continues; `table.md` and `results.json`
@@ -31,7 +31,6 @@ from realgeneral.files import write_json, write_text
 from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.model.adapter_info import library_versions
 from realgeneral.model.vae import fold_single_frame
-from realgeneral.nano.common import log
 from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.settings.sampling import NANO_GUIDANCE, NANO_STEPS
 from realgeneral.settings.train import TrainConfig
@@ -39,6 +38,7 @@ from realgeneral.tasks import get_task
 from realgeneral.training.features import TextCache
 from realgeneral.training.objective import Draws, training_loss
 from realgeneral.training.train import train
+from recipes.common import log
 
 LOSS = "v-loss"
 LOSS_DRAWS = 4
@@ -67,6 +67,7 @@ VARIANTS = {
     ),
     "no-embedding": Variant("cached", "no-embedding", "cached", "as `cached`, nothing added to the condition's tokens"),
 }
+
 
 # values by task and metric, one per concept
 Values = dict[str, dict[str, list[float]]]

@@ -1,7 +1,7 @@
 """Recipe: train the nano VAE, a small AutoencoderKLCogVideoX, on the packaged emoji and avatars.
 
-    python -m realgeneral.nano.train_vae --out DIR --minutes 26
-    python -m realgeneral.nano.train_vae --out DIR2 --minutes 50 --lr 1e-3 --decoder-of DIR/vae
+    python -m recipes.train_vae --out DIR --minutes 26
+    python -m recipes.train_vae --out DIR2 --minutes 50 --lr 1e-3 --decoder-of DIR/vae
 
 The second command leaves the encoder, and so the latents, as they are and goes on with the decoder on *noisy* latents: what a
 diffusion model makes is off by a tenth or two of a standard deviation, which a decoder that only saw clean latents turns into
@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from realgeneral.model.vae import SingleFrameConv, decode_latents, encode_images, fold_single_frame
 from realgeneral.nano.assets import BASE
 from realgeneral.nano.avatars import BACKGROUNDS, FACES, load_avatars
-from realgeneral.nano.common import (
+from realgeneral.nano.emoji import STYLES, load_emoji
+from recipes.common import (
     Ema,
     append_csv,
     command_line,
@@ -39,8 +40,7 @@ from realgeneral.nano.common import (
     seed_everything,
     warmup_cosine,
 )
-from realgeneral.nano.derived import KINDS, derive
-from realgeneral.nano.emoji import STYLES, load_emoji
+from recipes.derived import KINDS, derive
 
 CHANNELS = (32, 64, 64)
 LATENT_CHANNELS = 8

@@ -1,6 +1,6 @@
 """More pictures to train the base on: open icon sets, and emoji sets that draw the training concepts once more.
 
-They do not ship. `python -m realgeneral.nano.icons --packages DIR --out DIR` renders what npm tarballs hold (missing ones are
+They do not ship. `python -m recipes.icons --packages DIR --out DIR` renders what npm tarballs hold (missing ones are
 fetched) into `icons.parquet`; `train_base --icons` takes that file.
 """
 
@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from realgeneral.nano.build_data import SIZE, clean_words, on_white, read_iconify, read_members, svg_document, tarball
-from realgeneral.nano.common import log
 from realgeneral.nano.emoji import load_emoji
+from recipes.build_data import SIZE, clean_words, on_white, read_iconify, read_members, svg_document, tarball
+from recipes.common import log
 
 # package: what its pictures are called in captions; licences as in each package's info.json
 TWEMOJI = "@iconify-json/twemoji@1.2.5"
@@ -30,6 +30,8 @@ EMOJI_SETS = {
     TWEMOJI: "simple cartoon",  # CC-BY-4.0
     "@iconify-json/fxemoji@1.2.2": "round cartoon",  # Apache-2.0
 }
+
+
 ICON_SETS = {
     "@iconify-json/vscode-icons@1.2.97": "file icon",  # MIT
     "@iconify-json/material-icon-theme@1.2.70": "file icon",  # MIT
@@ -44,6 +46,8 @@ ICON_SETS = {
     "@iconify-json/token-branded@1.2.45": "coin",  # MIT
     "@iconify-json/cryptocurrency-color@1.2.4": "coin",  # CC0-1.0
 }
+
+
 MOST_OF_A_SET = 1200
 SAME = 0.06
 

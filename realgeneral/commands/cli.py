@@ -65,19 +65,19 @@ realgeneral COMMAND --help lists the options of a command; realgeneral --version
 
 
 def _demo(config: Any) -> None:
-    from realgeneral.demo import demo
+    from realgeneral.commands.demo import demo
 
     demo(config)
 
 
 def _check_data(config: Any) -> None:
-    from realgeneral.check_data import check_data
+    from realgeneral.commands.check_data import check_data
 
     check_data(config)
 
 
 def _precompute(config: Any) -> None:
-    from realgeneral.precompute import precompute
+    from realgeneral.commands.precompute import precompute
 
     result = precompute(config)
     print(
@@ -95,7 +95,7 @@ def _train(config: Any) -> None:
 
 
 def _generate(config: Any) -> None:
-    from realgeneral.generate import generate
+    from realgeneral.commands.generate import generate
 
     for path in generate(config):
         print(path)

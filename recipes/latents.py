@@ -28,9 +28,9 @@ from torch.nn import functional as F
 from realgeneral.data.sources.packaged import RECOLOURINGS
 from realgeneral.model.vae import encode_images
 from realgeneral.nano.colours import colour_words
-from realgeneral.nano.common import log
-from realgeneral.nano.derived import KINDS, derive
 from realgeneral.nano.emoji import STYLE_WORDS, STYLES, load_emoji
+from recipes.common import log
+from recipes.derived import KINDS, derive
 
 MOTIONS = (
     "zooming in",
@@ -46,14 +46,8 @@ MOTIONS = (
 
 
 COLOUR_STYLES = ("flat", "3d", "noto")
-
-
 STAGES = (1 / 3, 2 / 3, 1.0)
-
-
 COPIES = ("plain", "mirrored", "recoloured")
-
-
 PICTURES_AT_ONCE = 512  # encoded together
 
 
@@ -88,8 +82,6 @@ class Entries:
 
 
 EMOJI = Entries(STYLES, COLOUR_STYLES, motions=2)
-
-
 ICONS = Entries(("icon",), ("icon",), motions=1)
 
 
@@ -108,7 +100,7 @@ class Thing:
 
 
 def load_things(split: str, icons: Path | None) -> list[Thing]:
-    """The concepts of a split, or the icons of a file that `realgeneral.nano.icons` wrote."""
+    """The concepts of a split, or the icons of a file that `recipes.icons` wrote."""
     if icons is None:
         return [Thing(c.name, STYLE_WORDS, c.codepoint, c.encoded) for c in load_emoji(split)]
     rows = pq.read_table(icons).to_pylist()

@@ -1,7 +1,7 @@
 """Recipe: train the nano base, a small CogVideoX text-to-video model, on clips of emoji.
 
-    python -m realgeneral.nano.train_base --icons FILE --out DIR --minutes 8 --batch 384 --workers 12      on a GPU
-    python -m realgeneral.nano.train_base --icons FILE --out DIR --minutes 300 --compile                   on two cores
+    python -m recipes.train_base --icons FILE --out DIR --minutes 8 --batch 384 --workers 12      on a GPU
+    python -m recipes.train_base --icons FILE --out DIR --minutes 300 --compile                   on two cores
 
 Encodes pools of latents once (about 1.4 GB in `--out`), then trains transformer and text encoder from it.
 """
@@ -29,28 +29,10 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from realgeneral.model.vae import fold_single_frame
 from realgeneral.nano.assets import BASE
-from realgeneral.nano.base import (
-    LATENT_SIZE,
-    SCHEDULE,
-    make_pipeline,
-    make_transformer,
-    rotary,
-    sample_grid,
-    save_pipeline,
-    tokenize,
-)
-from realgeneral.nano.clips import ClipSource
-from realgeneral.nano.common import (
-    Ema,
-    append_csv,
-    command_line,
-    log,
-    log_settings,
-    save_atomic,
-    seed_everything,
-    warmup_cosine,
-)
-from realgeneral.nano.latents import COPIES, EMOJI, ICONS, Pool, build_pool, load_things, renderers
+from recipes.base import LATENT_SIZE, SCHEDULE, make_pipeline, make_transformer, rotary, sample_grid, save_pipeline, tokenize
+from recipes.clips import ClipSource
+from recipes.common import Ema, append_csv, command_line, log, log_settings, save_atomic, seed_everything, warmup_cosine
+from recipes.latents import COPIES, EMOJI, ICONS, Pool, build_pool, load_things, renderers
 
 # The second half names concepts that training never saw.
 PROMPTS = [
@@ -71,6 +53,8 @@ PROMPTS = [
     "mushroom, from grey picture to 3d render",
     "backpack, from masked picture to flat icon",
 ]
+
+
 FRAME_CHOICES = ((2, 0.85), (4, 0.15))
 # Share of clips whose first frame is given, clean: next-frame prediction, as image-to-video training does it.
 NEXT_FRAME = 0.85
@@ -373,7 +357,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vae", type=Path, default=BASE / "vae")
     parser.add_argument("--text", type=Path, default=BASE, help="holds text_encoder/ and tokenizer/")
     parser.add_argument("--transformer", type=Path, help="go on with this one instead of a fresh one")
-    parser.add_argument("--icons", type=Path, help="icons.parquet of realgeneral.nano.icons: half of the clips are of these")
+    parser.add_argument("--icons", type=Path, help="icons.parquet of recipes.icons: half of the clips are of these")
     parser.add_argument("--out", type=Path, required=True, help="receives the pools, checkpoints and base/")
     parser.add_argument("--minutes", type=float, default=55.0, help="training time in all, resumed runs included")
     parser.add_argument("--steps", type=int, default=10**9, help="stop earlier, after this many steps")

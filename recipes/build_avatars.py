@@ -1,7 +1,7 @@
 """Recipe: draw seeded avatars, each with six faces, into `assets/avatars.parquet`.
 
     pip install "realgeneral[nano]"
-    python -m realgeneral.nano.build_avatars
+    python -m recipes.build_avatars
 
 The drawings are DiceBear's styles of `KINDS`, CC0 1.0 both. A seed gives the shape and the colours; the faces of one
 avatar differ in eyes and mouth, each of which is used once.
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from realgeneral.nano.avatars import AVATARS_PARQUET, EYES, FACES, MOUTHS, SIZE, pack_faces
-from realgeneral.nano.common import log
+from recipes.common import log
 
 PACKAGES = {"dicebear-core": "10.7.0", "dicebear-styles": "10.6.0"}
 
@@ -54,6 +54,8 @@ KINDS = {
         ("smile", "laugh", "open", "line", "frown", "wavy"),
     ),
 }  # fmt: skip
+
+
 # Options that are in every avatar; the background is added when a picture is made.
 COMMON = {"animationVariant": "none", "backgroundColor": "ffffff00"}
 

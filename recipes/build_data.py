@@ -1,6 +1,6 @@
 """Recipe: join four open emoji sets by code point into `assets/emoji.parquet`.
 
-    python -m realgeneral.nano.build_data --packages DIR
+    python -m recipes.build_data --packages DIR
 
 `DIR` holds the npm tarballs of `PACKAGES`; missing ones are fetched with `npm pack name@version`.
 """
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from realgeneral.nano.assets import ASSETS
-from realgeneral.nano.common import log
+from recipes.common import log
 
 PACKAGES = {
     "flat": "@iconify-json/fluent-emoji-flat@1.2.6",
@@ -33,6 +33,8 @@ PACKAGES = {
     "noto": "@iconify-json/noto@1.2.9",
     "names": "emojilib@4.0.3",
 }
+
+
 STYLES = ("flat", "high_contrast", "3d", "noto")
 SIZE = 64
 _SKIN = {f"{c:x}" for c in range(0x1F3FB, 0x1F400)}

@@ -1,6 +1,6 @@
 """Recipe: the nano text encoder, a two-layer T5, and its word-level tokenizer.
 
-    python -m realgeneral.nano.build_text --out DIR
+    python -m recipes.build_text --out DIR
 
 Token vectors start as MiniLM sentence vectors of the words, reduced to 256 dimensions, so a word that no caption
 contained lies near words of similar meaning. MiniLM (all-MiniLM-L6-v2, Apache-2.0) comes from the package
@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from realgeneral.nano.assets import BASE
-from realgeneral.nano.common import command_line, log, log_settings, seed_everything
 from realgeneral.nano.emoji import STYLE_WORDS, load_emoji
+from recipes.common import command_line, log, log_settings, seed_everything
 
 WIDTH = 256
 MAX_LENGTH = 16
@@ -33,6 +33,8 @@ clockwise counterclockwise still edge edges drawing sketch line lines outline ca
 blurry blur picture photo image icon render cartoon colour color coloured colored masked black white flat 3d style
 background painting illustration sharp missing parts complete
 """.split()
+
+
 SUFFIXES = "s es ed d ing ly er ers est ness y ish less ful like able al ic ion ions ment en ry 's".split()
 CHARACTERS = [chr(c) for c in [*range(0x21, 0x7F), *range(0xA1, 0x180)]]
 

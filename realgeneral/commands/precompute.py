@@ -215,9 +215,3 @@ class _Encoder:
             latents = encode_images(self.pipe.vae, torch.stack(list(pixels.values())).to(self.device))
             for key, tensor in zip(pixels, latents, strict=True):
                 self.writer.add(key, tensor)
-
-
-if __name__ == "__main__":
-    from realgeneral.cli import main
-
-    sys.exit(main(["precompute", *sys.argv[1:]]))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from realgeneral.nano.latents import COLOUR_STYLES, EMOJI, ICONS, MOTIONS, STAGES, Entries, Pool
+from recipes.latents import COLOUR_STYLES, EMOJI, ICONS, MOTIONS, STAGES, Entries, Pool
 
 K = TypeVar("K")
 KIND_WORDS = {
@@ -22,6 +22,8 @@ KIND_WORDS = {
     "blur": "blurred picture",
     "mask": "masked picture",
 }
+
+
 # Directions of style change and their shares; same-vendor pairs are pixel-aligned.
 STYLE_PAIRS = {
     ("flat", "3d"): 0.22,
@@ -34,6 +36,8 @@ STYLE_PAIRS = {
     ("high_contrast", "noto"): 0.06,
     ("flat", "high_contrast"): 0.06,
 }
+
+
 SHARES = {"style": 0.40, "derived": 0.45, "motion": 0.15}
 # Of the derived pictures: edges give the least, and need the most practice.
 KIND_SHARES = {"canny": 0.32, "edges": 0.17, "grey": 0.17, "blur": 0.17, "mask": 0.17}
@@ -46,6 +50,8 @@ COPY_SHARES = {"plain": 0.4, "mirrored": 0.3, "recoloured": 0.3}
 COLOURLESS = ("canny", "edges", "grey", "high_contrast")
 # Share of clips of icons, where there are any.
 ICON_SHARE = 0.5
+
+
 # Shares of captions that call the thing "emoji" or "icon", and of those of a coloured drawing that tell its colours.
 UNNAMED, COLOURED = 0.3, 0.5
 

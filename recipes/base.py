@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel, T5Tokenizer
 
 from realgeneral.model.vae import decode_latents
-from realgeneral.nano.build_text import MAX_LENGTH, WIDTH
-from realgeneral.nano.common import image_grid
-from realgeneral.nano.train_vae import LATENT_CHANNELS
+from recipes.build_text import MAX_LENGTH, WIDTH
+from recipes.common import image_grid
+from recipes.train_vae import LATENT_CHANNELS
 
 LATENT_SIZE = 16
 # CogVideoX-5B's noise schedule.
