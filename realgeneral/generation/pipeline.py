@@ -157,8 +157,8 @@ class RealGeneralPipeline(CogVideoXPipeline):
             width: As `height`.
             num_inference_steps: Denoising steps.
             guidance_scale: Classifier-free guidance on the prompt; 1 or less turns it off.
-            image_guidance_scale: Guidance on the condition images (`realgeneral.generation.guidance.Guidance`); 1 turns it off. Equal to
-                `guidance_scale` it costs no more than guidance on the prompt alone, else a third pass per step.
+            image_guidance_scale: Guidance on the condition images; 1 turns it off. Equal to `guidance_scale` it takes the two
+                passes of guidance on the prompt alone, else a third one; see `realgeneral.generation.guidance`.
             num_images_per_prompt: Images per prompt.
             generator: Random state, one for all or one per image.
             latents: Initial noise, [images, F, C, h, w].
