@@ -13,8 +13,8 @@ from diffusers.utils import logging
 from transformers import T5Config, T5EncoderModel
 
 from realgeneral.generation.pipeline import RealGeneralPipeline
+from realgeneral.model.cogvideox import RealGeneralTransformer3DModel
 from realgeneral.model.lora import add_lora
-from realgeneral.model.transformer import RealGeneralTransformer3DModel
 from realgeneral.model.vae import fold_single_frame
 from realgeneral.settings.train import TrainConfig
 from realgeneral.tasks import get_task

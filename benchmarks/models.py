@@ -18,8 +18,8 @@ from torch import Tensor
 from benchmarks.bench_attention import block_mask_of
 from benchmarks.shapes import Shape
 from benchmarks.stock_block import stock_block
+from realgeneral.model.cogvideox import RealGeneralTransformer3DModel
 from realgeneral.model.presets import get_preset, joint_layout, sublayout
-from realgeneral.model.transformer import RealGeneralTransformer3DModel
 from rgkernels import SegmentLayout, cogvideox
 
 _SMALL = {"in_channels": 8, "out_channels": 8, "text_embed_dim": 256, "time_embed_dim": 128}

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from realgeneral.generation.pipeline import RealGeneralPipeline
     from realgeneral.model.adapter import save_adapter
+    from realgeneral.model.cogvideox import RealGeneralTransformer3DModel
     from realgeneral.model.lora import merge_lora, unmerge_lora
-    from realgeneral.model.transformer import RealGeneralTransformer3DModel
     from rgkernels import __version__
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
 # torch, diffusers and transformers take seconds to import; `realgeneral --help` does without them
 _LAZY = {
     "RealGeneralPipeline": "realgeneral.generation.pipeline",
-    "RealGeneralTransformer3DModel": "realgeneral.model.transformer",
+    "RealGeneralTransformer3DModel": "realgeneral.model.cogvideox",
     "merge_lora": "realgeneral.model.lora",
     "save_adapter": "realgeneral.model.adapter",
     "unmerge_lora": "realgeneral.model.lora",

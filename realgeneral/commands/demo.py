@@ -23,7 +23,6 @@ from realgeneral.generation.arguments import check_steps
 from realgeneral.generation.bases import check_kernels, open_base, use_kernels
 from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.model.adapter import read_adapter_info
-from realgeneral.model.vae import fold_single_frame
 from realgeneral.pictures import picture_grid, save_picture, to_picture
 from realgeneral.settings.sampling import DemoConfig
 from realgeneral.settings.train import TrainConfig
@@ -55,7 +54,7 @@ def open_pipeline(adapter: str | None, config: DemoConfig) -> RealGeneralPipelin
     """The nano pipeline on the best device, quiet."""
     pipe = RealGeneralPipeline.from_pretrained("nano", adapter=adapter)
     pipe.set_progress_bar_config(disable=True)
-    fold_single_frame(pipe.vae)
+    pipe.transformer.images.fold(pipe.vae)
     use_kernels(pipe.transformer, config.fused_kernels, _device())
     return pipe.to(_device())
 

@@ -77,7 +77,7 @@ def prepare(config: GenerateConfig, device: torch.device) -> tuple[list[str], li
     height, width = base.image_size(config.height or None, config.width or None)
     assert config.steps is not None
     check_steps("steps", config.steps, base.scheduler)
-    window = base.transformer.config.max_text_seq_length
+    window = base.transformer.geometry.text_window
     texts = [config.prompt, config.negative_prompt]
     if config.truncate_prompts:
         texts = [cut_prompt(base.tokenizer, text, window) for text in texts]

@@ -25,7 +25,6 @@ from realgeneral.data.store import Store, StoreSettings, StoreWriter
 from realgeneral.data.workers import from_workers
 from realgeneral.errors import Failure, UsageError
 from realgeneral.generation.bases import fingerprints, load_encoders, load_for_data
-from realgeneral.model.vae import encode_images
 from realgeneral.pictures import to_pixels
 from realgeneral.settings.data import PrecomputeConfig
 from realgeneral.training.features import TextCache
@@ -212,6 +211,6 @@ class _Encoder:
     def _encode_pictures(self) -> None:
         pixels, self.pixels = self.pixels, {}
         if pixels:
-            latents = encode_images(self.pipe.vae, torch.stack(list(pixels.values())).to(self.device))
+            latents = self.pipe.transformer.images.encode(self.pipe.vae, torch.stack(list(pixels.values())).to(self.device))
             for key, tensor in zip(pixels, latents, strict=True):
                 self.writer.add(key, tensor)

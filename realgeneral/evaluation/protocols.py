@@ -99,7 +99,7 @@ def prepared(
     config: EvaluateConfig, pipe: RealGeneralPipeline, cases: list[Case], bad: list[str]
 ) -> tuple[list[Case], list[str]]:
     """Cut prompts if asked to, name the bad rows, those whose picture cannot be read too; Failure if no other is left."""
-    window = pipe.transformer.config.max_text_seq_length
+    window = pipe.transformer.geometry.text_window
     if config.truncate_prompts:
         cases = [replace(case, prompt=cut_prompt(pipe.tokenizer, case.prompt, window)) for case in cases]
     for case in cases:

@@ -187,7 +187,7 @@ class Call:
         negatives = as_list(negative_prompt, len(prompts))
         _check_prompts(prompts, negatives)
         embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
-        check_embeds(len(prompts), pipe.transformer.config.text_embed_dim, **embeds)
+        check_embeds(len(prompts), pipe.transformer.geometry.text_dim, **embeds)
         asked = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         check_choices(output_type, asked)
         check_steps("num_inference_steps", num_inference_steps, pipe.scheduler)
@@ -206,7 +206,7 @@ class Call:
         else:
             height, width = (side // pipe.vae_scale_factor_spatial for side in size)
             cache = one_cache(condition_cache, len(prompts), pipe.transformer.geometry.grid(height, width))
-        window = pipe.transformer.config.max_text_seq_length if max_sequence_length is None else max_sequence_length
+        window = pipe.transformer.geometry.text_window if max_sequence_length is None else max_sequence_length
         check_at_least_one("max_sequence_length", window)
         guidance = Guidance(guidance_scale, image_guidance_scale)
         return cls(prompts, negatives, embeds, conditions, cache, task, size, guidance, images, generator, window, asked)

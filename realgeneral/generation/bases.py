@@ -14,8 +14,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
 from realgeneral.errors import Failure, UsageError
 from realgeneral.files import folder_fingerprint
 from realgeneral.generation.pipeline import RealGeneralPipeline
-from realgeneral.model.transformer import RealGeneralTransformer3DModel
-from realgeneral.model.vae import fold_single_frame
+from realgeneral.model.cogvideox import RealGeneralTransformer3DModel
 from realgeneral.nano.assets import resolve_base
 from rgkernels._impl import require_triton
 
@@ -97,7 +96,7 @@ def load_pipeline(base: str, dtype: torch.dtype, **parts: Any) -> RealGeneralPip
     """
     with reading(base):
         pipe = RealGeneralPipeline.from_pretrained(base, dtype=dtype, **parts)
-    fold_single_frame(pipe.vae)
+    pipe.transformer.images.fold(pipe.vae)
     for module in filter(None, (pipe.vae, pipe.text_encoder)):
         module.requires_grad_(False).eval()
     return pipe

@@ -20,11 +20,9 @@ from realgeneral.generation.arguments import CALLBACK_INPUTS, Call, Conditions, 
 from realgeneral.generation.denoising import Conditioning, denoise
 from realgeneral.model.adapter import load_adapter
 from realgeneral.model.adapter_info import AdapterInfo
+from realgeneral.model.cogvideox import RealGeneralTransformer3DModel
 from realgeneral.model.condition import ConditionCache
-from realgeneral.model.geometry import NEWER_SIDES
 from realgeneral.model.presets import get_preset
-from realgeneral.model.transformer import RealGeneralTransformer3DModel
-from realgeneral.model.vae import decode_latents, encode_images
 from realgeneral.nano.assets import resolve_base
 from realgeneral.pictures import fit_picture, to_pixels
 from realgeneral.prompts import pool_subject, subject_span_mask, token_count
@@ -59,7 +57,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
         scheduler: Any,
     ) -> None:
         if not isinstance(transformer, RealGeneralTransformer3DModel):
-            transformer = RealGeneralTransformer3DModel.from_cogvideox(transformer)
+            transformer = RealGeneralTransformer3DModel.from_stock(transformer)
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
         self.adapter: AdapterInfo | None = None
 
@@ -114,7 +112,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
     @property
     def size_multiple(self) -> int:
         """Height and width must be multiples of this many pixels."""
-        return int(self.vae_scale_factor_spatial * self.transformer.config.patch_size)
+        return int(self.vae_scale_factor_spatial * self.transformer.geometry.patch_size)
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
@@ -249,7 +247,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
         if subject is not None:
             if prompt is None:
                 raise UsageError("prompt must be given with subject, got None")
-            window = self.transformer.config.max_text_seq_length
+            window = self.transformer.geometry.text_window
             text, _ = self._encode_texts([prompt], None, False, {}, window)
             subject_embeds = self._subject_embeds([prompt], subject, text, window)
         conditions = condition_lists(condition, 1)
@@ -302,14 +300,14 @@ class RealGeneralPipeline(CogVideoXPipeline):
     def _empty_latents(self, prompts: int, conditions: int, size: tuple[int, int]) -> Tensor:
         """What condition dropout makes of a condition."""
         height, width = (side // self.vae_scale_factor_spatial for side in size)
-        shape = (prompts, conditions, self.transformer.config.in_channels, height, width)
+        shape = (prompts, conditions, self.transformer.geometry.channels, height, width)
         return torch.zeros(shape, dtype=self.transformer.dtype, device=self._execution_device)
 
     def _condition_latents(self, conditions: list[list[Image.Image]], size: tuple[int, int]) -> Tensor:
         """[B, K, C, h, w]; each image is encoded by itself."""
         height, width = size
         pixels = torch.stack([to_pixels(fit_picture(image, width, height)) for row in conditions for image in row])
-        latents = encode_images(self.vae, pixels.to(self._execution_device))
+        latents = self.transformer.images.encode(self.vae, pixels.to(self._execution_device))
         return latents.unflatten(0, (len(conditions), -1)).to(self.transformer.dtype)
 
     def _subject_embeds(
@@ -330,7 +328,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
     def _initial_latents(self, call: Call, dtype: torch.dtype, latents: Tensor | None) -> Tensor:
         """The noise of all images, drawn unless given."""
         height, width = (side // self.vae_scale_factor_spatial for side in call.size)
-        frames, channels = self.transformer.geometry.frames_per_image, self.transformer.config.in_channels
+        frames, channels = self.transformer.geometry.frames_per_image, self.transformer.geometry.channels
         shape, device = (call.images, frames, channels, height, width), self._execution_device
         if latents is None:
             latents = randn_tensor(shape, generator=call.generator, device=device, dtype=dtype)
@@ -340,26 +338,20 @@ class RealGeneralPipeline(CogVideoXPipeline):
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         # the last frame is the target (CogVideoX 1.5 denoises two copies); it is decoded alone
-        pixels = decode_latents(self.vae, latents[:, -1])
+        pixels = self.transformer.images.decode(self.vae, latents[:, -1])
         return self.video_processor.postprocess(pixels.float(), output_type=output_type)
 
     def image_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(height, width) in pixels, those of the base where none are given; UsageError if the base cannot have them."""
-        config, factor = self.transformer.config, self.vae_scale_factor_spatial
-        own = config.sample_height * factor, config.sample_width * factor
-        if config.patch_size_t:
-            # 1.5's sample size is the end of its position table, not what it was trained on
-            own = min(own[0], NEWER_SIDES[0]), min(own[1], NEWER_SIDES[1])
-        height = own[0] if height is None else height
-        width = own[1] if width is None else width
-        for name, value in (("height", height), ("width", width)):
+        geometry, factor = self.transformer.geometry, self.vae_scale_factor_spatial
+        own, most = geometry.default_size(factor), geometry.largest_size(factor) or (None, None)
+        size = own[0] if height is None else height, own[1] if width is None else width
+        for name, value, limit in zip(("height", "width"), size, most, strict=True):
             if value < self.size_multiple or value % self.size_multiple:
                 raise UsageError(f"{name} must be a positive multiple of {self.size_multiple}, got {value}")
-        if config.patch_size_t:
-            for name, value, limit in (("height", height, config.sample_height), ("width", width, config.sample_width)):
-                if value > limit * factor:
-                    raise UsageError(f"{name} must be at most {limit * factor}, got {value}")
-        return height, width
+            if limit is not None and value > limit:
+                raise UsageError(f"{name} must be at most {limit}, got {value}")
+        return size
 
     def task_ids(self, task: str, batch: int) -> Tensor:
         """Rows of the task embedding for `batch` samples of a task, [batch] int64; UsageError if there is no such task."""

@@ -23,8 +23,8 @@ from torch import nn
 from realgeneral.errors import Failure, UsageError
 from realgeneral.files import replacing
 from realgeneral.model.adapter_info import AdapterInfo, check_fits, trained_on
+from realgeneral.model.cogvideox import RealGeneralTransformer3DModel
 from realgeneral.model.lora import lora_layers, mark_trainable, target_layers
-from realgeneral.model.transformer import RealGeneralTransformer3DModel
 from realgeneral.nano.assets import resolve_adapter
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -209,7 +209,7 @@ def load_adapter(
     transformer.load_lora_adapter(str(folder), prefix="transformer", weight_name=LORA_FILE, adapter_name="default")
     for parameter in mark_trainable(transformer):
         # inference runs in the base's dtype; a trainer that goes on marks and fills them again
-        parameter.data = parameter.data.to(transformer.proj_out.weight.dtype)
+        parameter.data = parameter.data.to(transformer.base_dtype)
         parameter.requires_grad_(False)
     return info
 

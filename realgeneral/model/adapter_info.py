@@ -15,23 +15,12 @@ import torch
 
 import rgkernels
 from realgeneral.errors import Failure, UsageError
+from realgeneral.model.cogvideox import RealGeneralTransformer3DModel
 from realgeneral.model.presets import PRESETS
-from realgeneral.model.transformer import RealGeneralTransformer3DModel
 from realgeneral.tasks import get_task
 
 # rounding to bfloat16 moves a mean magnitude by 1e-5, fine-tuning by less than this; another training by percents
 SIGNATURE_TOLERANCE = 5e-3
-GEOMETRY_KEYS = (
-    "num_layers",
-    "num_attention_heads",
-    "attention_head_dim",
-    "in_channels",
-    "text_embed_dim",
-    "time_embed_dim",
-    "patch_size",
-    "patch_size_t",
-    "use_rotary_positional_embeddings",
-)
 
 
 @dataclass(frozen=True)
@@ -113,22 +102,13 @@ class AdapterInfo:
 
 def geometry_of(transformer: Any) -> dict[str, Any]:
     """The config entries by which two bases are told apart."""
-    return {key: transformer.config[key] for key in GEOMETRY_KEYS}
+    return {key: transformer.config[key] for key in transformer.geometry_keys}
 
 
 @torch.no_grad()
 def signature_of(transformer: Any) -> tuple[float, ...]:
     """Mean |w| of weights that a LoRA usually leaves alone, rounded to 6 digits."""
-    first, last = transformer.transformer_blocks[0], transformer.transformer_blocks[-1]
-    linears = (
-        transformer.patch_embed.proj,
-        transformer.patch_embed.text_proj,
-        first.ff.net[2],
-        last.ff.net[2],
-        transformer.proj_out,
-    )
-    weights = (getattr(linear, "base_layer", linear).weight for linear in linears)
-    return tuple(float(f"{weight.float().abs().mean().item():.6g}") for weight in weights)
+    return tuple(float(f"{weight.float().abs().mean().item():.6g}") for weight in transformer.signature_weights())
 
 
 def library_versions() -> dict[str, str]:
@@ -154,7 +134,7 @@ def adapter_info(transformer: RealGeneralTransformer3DModel, tasks: Sequence[str
 def check_fits(transformer: RealGeneralTransformer3DModel, info: AdapterInfo, preset: str | None = None) -> None:
     """As `load_adapter` checks it, but for what only weights can tell: the base's may be on "meta"."""
     own = geometry_of(transformer)
-    different = {k: (info.geometry.get(k), own[k]) for k in GEOMETRY_KEYS if info.geometry.get(k) != own[k]}
+    different = {k: (info.geometry.get(k), own[k]) for k in transformer.geometry_keys if info.geometry.get(k) != own[k]}
     if different:
         listed = ", ".join(f"{k} = {theirs} (this base: {ours})" for k, (theirs, ours) in different.items())
         raise UsageError(f"adapter must be for this base, got one trained on {info.base!r} with {listed}")

@@ -1,58 +1,77 @@
-"""What the condition brings along: its modulation branch in each block, and its cached keys and values."""
+"""What the condition brings along: its embedding, what enters the blocks, and its cached keys and values."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from rgkernels.cogvideox import KeyValue, Modulation, stack_modulation
+from rgkernels.cogvideox import KeyValue, Modulation
 
+# modulation before attention, and before the feed-forward
 Site = tuple[Modulation, Modulation]
 
 
-class ConditionAdaLN(nn.Module):
-    """The condition's modulation branch of one block: two Linear(time_embed_dim, 3d) for shift, scale, gate.
+class UnifiedConditionEmbedding(nn.Module):
+    """x_c = patch(z_c) + E_task[task] + W_s pool(T5[subject span]).
 
-    It starts as a copy of the video rows of the stock linears (Separated Condition AdaLN; arrow "copy" in the paper's figure).
-    """
-
-    def __init__(self, time_embed_dim: int, dim: int) -> None:
-        super().__init__()
-        self.norm1 = nn.Linear(time_embed_dim, 3 * dim)
-        self.norm2 = nn.Linear(time_embed_dim, 3 * dim)
-
-    @torch.no_grad()
-    def copy_from(self, block: Any) -> None:
-        """Copy rows 0:3d, the video branch, of a stock block's modulation linears."""
-        for own, stock in ((self.norm1, block.norm1.linear), (self.norm2, block.norm2.linear)):
-            rows = own.out_features
-            own.weight.copy_(stock.weight[:rows])
-            own.bias.copy_(stock.bias[:rows])
-
-
-def norm_sites(block: Any, own: ConditionAdaLN, temb: Tensor | None, condition_temb: Tensor | None, conditions: int) -> Site:
-    """Modulation of both norm sites of a block, segments in the joint order.
+    Both terms start at zero, so that a fresh model equals its base.
 
     Args:
-        block: diffusers' `CogVideoXBlock`: text uses rows 3d:6d of its linears, the target rows 0:3d.
-        own: The condition's branch.
-        temb: Time embedding [B, time_embed_dim] of text and target; None without them.
-        condition_temb: That of the conditions; None without them.
-        conditions: Number of condition images.
+        num_tasks: Number of tasks, rows of E_task.
+        dim: Width d of the transformer.
+        text_embed_dim: Width of the text encoder's output.
+
+    Source:
+        RealGeneral, figure "Unified Stream DiT Block": Condition Embedding and Subject-Specific Embedding.
     """
-    sites = []
-    for norm, linear in ((block.norm1, own.norm1), (block.norm2, own.norm2)):
-        rows: list[Any] = []
-        if temb is not None:
-            parts = norm.linear(norm.silu(temb)).chunk(6, dim=1)
-            rows += [parts[3:], parts[:3]]
-        if condition_temb is not None:
-            rows += [linear(norm.silu(condition_temb)).chunk(3, dim=1)] * conditions
-        sites.append(stack_modulation(rows))
-    return sites[0], sites[1]
+
+    def __init__(self, num_tasks: int, dim: int, text_embed_dim: int) -> None:
+        super().__init__()
+        self.task = nn.Embedding(num_tasks, dim)
+        self.subject = nn.Linear(text_embed_dim, dim, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero both terms."""
+        nn.init.zeros_(self.task.weight)
+        nn.init.zeros_(self.subject.weight)
+
+    def forward(self, task_ids: Tensor, subject_embeds: Tensor | None) -> Tensor:
+        """The vector that is added to every condition token.
+
+        Args:
+            task_ids: Index of the task, [B] int64.
+            subject_embeds: Mean text feature of the prompt's subject span, [B, text_embed_dim]; zeros or None = no subject.
+
+        Returns:
+            [B, d].
+        """
+        embedding: Tensor = self.task(task_ids)
+        if subject_embeds is not None:
+            embedding = embedding + self.subject(subject_embeds.to(embedding.dtype))
+        return embedding
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What enters the blocks and does not change over the steps of a generation.
+
+    Made by `RealGeneralTransformer3DModel.embed`.
+
+    Args:
+        text: Text tokens, [B, T, d].
+        condition: Condition tokens, [b, K * N, d], sample i of a pass uses sample i % b; None where a cache stands for them.
+        grid: Token grid (rows, columns) of a condition image.
+        conditions: Number K of condition images.
+    """
+
+    text: Tensor
+    condition: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    conditions: int = 0
 
 
 class ConditionCache:

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from realgeneral.errors import UsageError
-from realgeneral.model.transformer import RealGeneralTransformer3DModel
+from realgeneral.model.cogvideox import RealGeneralTransformer3DModel
 
 
 def add_lora(transformer: RealGeneralTransformer3DModel, rank: int, alpha: float | None, targets: Sequence[str]) -> None:

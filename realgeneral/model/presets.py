@@ -16,7 +16,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _remembered(function: Callable[P, R]) -> Callable[P, R]:
+def remembered(function: Callable[P, R]) -> Callable[P, R]:
     """lru_cache, except under torch.compile, which would trace the function anyway and warn that it ignores the cache."""
     cached = lru_cache(maxsize=256)(function)
 
@@ -75,7 +75,7 @@ def condition_names(count: int) -> tuple[str, ...]:
     return ("condition",) if count == 1 else tuple(f"condition_{i}" for i in range(count))
 
 
-@_remembered
+@remembered
 def joint_layout(preset: Preset, text: int, image: int, conditions: int) -> SegmentLayout:
     """Layout of the joint sequence.
 
@@ -96,7 +96,7 @@ def joint_layout(preset: Preset, text: int, image: int, conditions: int) -> Segm
     return SegmentLayout(("text", "target", *names), (text, *[image] * (1 + conditions)), frozenset(blocked))
 
 
-@_remembered
+@remembered
 def sublayout(layout: SegmentLayout, names: tuple[str, ...]) -> SegmentLayout:
     """The layout of some segments alone, with the blocked pairs among them."""
     blocked = frozenset(pair for pair in layout.blocked if pair[0] in names and pair[1] in names)

@@ -11,7 +11,7 @@ from torch import Tensor
 from realgeneral.data.samples import Batch, PairDataset
 from realgeneral.data.store import Store
 from realgeneral.generation.pipeline import RealGeneralPipeline
-from realgeneral.model.vae import encode_images
+from realgeneral.model.transformer import Images
 
 
 class Texts(Protocol):
@@ -31,7 +31,7 @@ class TextCache:
 
     def __init__(self, pipe: RealGeneralPipeline, capacity_bytes: int = 2**30) -> None:
         self.pipe, self.capacity_bytes = pipe, capacity_bytes
-        self.window = pipe.transformer.config.max_text_seq_length
+        self.window = pipe.transformer.geometry.text_window
         self.entries: OrderedDict[str, Tensor] = OrderedDict()
 
     @torch.no_grad()
@@ -69,21 +69,21 @@ class StoredTexts:
         return torch.stack([self.store.text(prompt) for prompt in prompts]).to(self.device)
 
 
-def encode_pictures(vae: Any, pixels: Tensor) -> Tensor:
+def encode_pictures(images: Images, vae: Any, pixels: Tensor) -> Tensor:
     """Latents [N, C, h, w] of pixels [N, 3, H, W], one picture at a time.
 
     The bits of a picture's latents may depend on what it is encoded with, and on autocast: alone and without, they equal the
     precomputed ones. It also bounds the VAE's memory.
     """
     with torch.autocast(pixels.device.type, enabled=False):
-        return torch.cat([encode_images(vae, picture[None]) for picture in pixels])
+        return torch.cat([images.encode(vae, picture[None]) for picture in pixels])
 
 
 def encode(pipe: RealGeneralPipeline, texts: Texts, batch: Batch) -> tuple[Tensor, Tensor]:
     """What the models see of a batch: latents [B, 1 + K, C, h, w] float32, target first, and text features [B, T, E]."""
     images = torch.cat([batch.target[:, None], batch.conditions], dim=1)
     if not batch.encoded:
-        images = encode_pictures(pipe.vae, images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        images = encode_pictures(pipe.transformer.images, pipe.vae, images.flatten(0, 1)).unflatten(0, images.shape[:2])
     return images.float(), texts(batch.prompts)
 
 

@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 from realgeneral.data.shapes import Shape
 from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.model.presets import get_preset
-from realgeneral.model.vae import decode_latents, encode_images
 from realgeneral.settings.train import TrainConfig
 from realgeneral.training.features import encode_pictures
 from realgeneral.training.objective import v_loss
@@ -115,7 +114,7 @@ def memory_budget(
     kept = processes > 1 or config.gradient_accumulation_steps > 1
     step = step_bytes(pipe, config, shape, keep_gradients=kept, encode=encode, device=device)
     averaged = trained if config.ema_decay else 0
-    gathered = 2 * nbytes(pipe.transformer.transformer_blocks[0].parameters()) if config.engine == "fsdp2" else 0
+    gathered = 2 * nbytes(pipe.transformer.stream_blocks[0].parameters()) if config.engine == "fsdp2" else 0
     step += gathered
     if config.engine == "fsdp2":
         if config.gradient_accumulation_steps == 1:
@@ -216,22 +215,22 @@ class _Step(nn.Module):
         self.factor = pipe.vae_scale_factor_spatial
 
     def forward(self, shape: StepShape, device: torch.device) -> None:
-        transformer, config = self.transformer, self.transformer.config
-        batch, images, dtype = shape.batch, shape.conditions + 1, transformer.proj_out.weight.dtype
+        transformer, geometry = self.transformer, self.transformer.geometry
+        batch, images, dtype = shape.batch, shape.conditions + 1, transformer.base_dtype
         if self.vae is not None:
             pixels = torch.empty(batch * images, 3, shape.height, shape.width, device=device)
             with torch.no_grad():
-                latents = encode_pictures(self.vae, pixels).unflatten(0, (batch, images)).float()
+                latents = encode_pictures(transformer.images, self.vae, pixels).unflatten(0, (batch, images)).float()
         else:
             size = (shape.height // self.factor, shape.width // self.factor)
-            latents = torch.empty(batch, images, config.in_channels, *size, device=device)
+            latents = torch.empty(batch, images, geometry.channels, *size, device=device)
         prediction = transformer(
-            latents[:, :1].repeat(1, transformer.geometry.frames_per_image, 1, 1, 1).to(dtype),
-            torch.empty(batch, config.max_text_seq_length, config.text_embed_dim, device=device, dtype=dtype),
+            latents[:, :1].repeat(1, geometry.frames_per_image, 1, 1, 1).to(dtype),
+            torch.empty(batch, geometry.text_window, geometry.text_dim, device=device, dtype=dtype),
             torch.zeros(batch, dtype=torch.int64, device=device),
             condition_latents=latents[:, 1:].to(dtype),
             task_ids=torch.zeros(batch, dtype=torch.int64, device=device),
-            subject_embeds=torch.empty(batch, config.text_embed_dim, device=device),
+            subject_embeds=torch.empty(batch, geometry.text_dim, device=device),
             return_dict=False,
         )[0]
         v_loss(prediction, torch.empty_like(prediction, dtype=torch.float32)).mean().backward()
@@ -247,24 +246,27 @@ class _Picture(nn.Module):
 
     @torch.no_grad()
     def forward(self, shape: StepShape, device: torch.device) -> None:
-        transformer, config = self.transformer, self.transformer.config
-        dtype = transformer.proj_out.weight.dtype
-        latents = encode_images(self.vae, torch.empty(shape.conditions, 3, shape.height, shape.width, device=device))
+        transformer, geometry = self.transformer, self.transformer.geometry
+        dtype = transformer.base_dtype
+        latents = transformer.images.encode(
+            self.vae, torch.empty(shape.conditions, 3, shape.height, shape.width, device=device)
+        )
         inputs = {
             "condition_latents": latents[None].to(dtype),
             "task_ids": torch.zeros(1, dtype=torch.int64, device=device),
-            "subject_embeds": torch.empty(1, config.text_embed_dim, device=device),
+            "subject_embeds": torch.empty(1, geometry.text_dim, device=device),
         }
-        cache = transformer.encode_condition(**inputs) if get_preset(config.preset).cacheable else None
-        text = torch.empty(self.rows, config.max_text_seq_length, config.text_embed_dim, device=device, dtype=dtype)
+        cache = transformer.encode_condition(**inputs) if get_preset(transformer.config.preset).cacheable else None
+        text = torch.empty(self.rows, geometry.text_window, geometry.text_dim, device=device, dtype=dtype)
         prediction = transformer(
-            latents[None, :1].repeat(self.rows, transformer.geometry.frames_per_image, 1, 1, 1).to(dtype),
+            latents[None, :1].repeat(self.rows, geometry.frames_per_image, 1, 1, 1).to(dtype),
             transformer.embed(text, **({} if cache else inputs)),
             torch.zeros(self.rows, dtype=torch.int64, device=device),
             condition_cache=cache,
             return_dict=False,
         )[0]
-        decode_latents(self.vae, prediction[:1, -1])
+        del cache, inputs, text  # the pipeline holds them no longer when it decodes
+        transformer.images.decode(self.vae, prediction[:1, -1])
 
 
 class PeakBytes(TorchDispatchMode):

@@ -16,8 +16,8 @@ from realgeneral.generation.bases import load_pipeline, use_kernels
 from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.model.adapter import load_adapter, read_adapter_info
 from realgeneral.model.adapter_info import AdapterInfo, adapter_info, trained_on
+from realgeneral.model.cogvideox import RealGeneralTransformer3DModel
 from realgeneral.model.lora import add_lora, mark_trainable
-from realgeneral.model.transformer import RealGeneralTransformer3DModel
 from realgeneral.nano.assets import resolve_adapter
 from realgeneral.settings.train import TrainConfig
 from realgeneral.tasks import get_task

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +18,6 @@ from realgeneral.training.features import Texts, encode
 def sample_timesteps(batch: int, num_train_timesteps: int, generator: torch.Generator) -> Tensor:
     """t uniform in 0..num_train_timesteps - 1, [batch] int64, drawn on the CPU."""
     return torch.randint(0, num_train_timesteps, (batch,), generator=generator)
-
-
-def noised(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """y_t = sqrt(abar_t) y + sqrt(1 - abar_t) eps."""
-    return scheduler.add_noise(latents, noise, timesteps)  # type: ignore[no-any-return]
-
-
-def v_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """v = sqrt(abar_t) eps - sqrt(1 - abar_t) y."""
-    return scheduler.get_velocity(latents, noise, timesteps)  # type: ignore[no-any-return]
 
 
 def v_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -90,8 +79,9 @@ def training_loss(pipe: RealGeneralPipeline, model: nn.Module, texts: Texts, bat
         kept = ~draws.condition_dropped.to(device)
         conditions = conditions * kept[:, None, None, None, None]
         timesteps, noise = draws.timesteps.to(device), draws.noise(clean.shape[1:]).to(device)
-        noisy, wanted = noised(pipe.scheduler, clean, noise, timesteps), v_target(pipe.scheduler, clean, noise, timesteps)
-    dtype = transformer.proj_out.weight.dtype
+        noisy = transformer.objective.noised(pipe.scheduler, clean, noise, timesteps)
+        wanted = transformer.objective.target(pipe.scheduler, clean, noise, timesteps)
+    dtype = transformer.base_dtype
     prediction = model(
         noisy.to(dtype),
         text.to(dtype),

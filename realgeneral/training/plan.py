@@ -21,7 +21,6 @@ from realgeneral.generation.bases import check_kernels, fingerprints, open_base
 from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.model.adapter import read_adapter_info
 from realgeneral.model.adapter_info import check_fits
-from realgeneral.model.geometry import NEWER_SIDES
 from realgeneral.model.lora import check_targets
 from realgeneral.settings.data import DataSettings
 from realgeneral.settings.train import TrainConfig
@@ -61,17 +60,21 @@ class Plan:
             UsageError: A task, size or bucket that there is not, or that the base cannot have.
         """
         height, width = base.image_size(settings.height or None, settings.width or None)
-        geometry, window = base.transformer.config, base.transformer.config.max_text_seq_length
-        limit = None
-        if geometry.patch_size_t:
-            limit = min(geometry.sample_height, geometry.sample_width) * base.vae_scale_factor_spatial
+        geometry = base.transformer.geometry
+        largest = geometry.largest_size(base.vae_scale_factor_spatial)
         return cls(
             tasks=run_tasks(settings),
             size=(width, height),
-            buckets=bucket_sizes(settings.buckets, (width, height), base.size_multiple, limit, NEWER_SIDES if limit else None),
-            window=window,
+            buckets=bucket_sizes(
+                settings.buckets,
+                (width, height),
+                base.size_multiple,
+                min(largest) if largest else None,
+                geometry.trained_sides,
+            ),
+            window=geometry.text_window,
             dtype="bfloat16" if getattr(settings, "mixed_precision", "no") == "bf16" else "float32",
-            check=TextCheck(base.tokenizer, window, settings.truncate_prompts),
+            check=TextCheck(base.tokenizer, geometry.text_window, settings.truncate_prompts),
         )
 
     def dataset(

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 
-from realgeneral.training.objective import noised, sample_timesteps, v_target
+from realgeneral.model.cogvideox import VPrediction
+from realgeneral.training.objective import sample_timesteps
 
 
 def scheduler(folder: Path) -> CogVideoXDDIMScheduler:
@@ -23,7 +24,7 @@ def test_v_recovers_the_image_and_the_noise(base: Path) -> None:
     t = torch.tensor([0, 250, 750, 999])
     a = process.alphas_cumprod[t].double().sqrt().view(-1, 1, 1, 1, 1)
     s = (1 - process.alphas_cumprod[t].double()).sqrt().view(-1, 1, 1, 1, 1)
-    y_t, v = noised(process, y, eps, t), v_target(process, y, eps, t)
+    y_t, v = VPrediction.noised(process, y, eps, t), VPrediction.target(process, y, eps, t)
     torch.testing.assert_close(a * y_t - s * v, y, rtol=0, atol=1e-6)
     torch.testing.assert_close(s * y_t + a * v, eps, rtol=0, atol=1e-6)
 
@@ -32,8 +33,8 @@ def test_the_last_step_is_pure_noise(base: Path) -> None:
     """Zero terminal SNR: at t = 999 nothing of the image is left, and v is minus the image."""
     process = scheduler(base)
     y, eps, t = torch.randn(1, 1, 4, 2, 2), torch.randn(1, 1, 4, 2, 2), torch.tensor([999])
-    torch.testing.assert_close(noised(process, y, eps, t), eps)
-    torch.testing.assert_close(v_target(process, y, eps, t), -y)
+    torch.testing.assert_close(VPrediction.noised(process, y, eps, t), eps)
+    torch.testing.assert_close(VPrediction.target(process, y, eps, t), -y)
 
 
 def test_timesteps_are_uniform_and_repeatable() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from checkpoints import TEXT_WINDOW, tiny_tokenizer
 
-from realgeneral.model.embedding import UnifiedConditionEmbedding
+from realgeneral.model.condition import UnifiedConditionEmbedding
 from realgeneral.prompts import pool_subject, subject_span_mask
 
 

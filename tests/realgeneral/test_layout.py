@@ -77,7 +77,14 @@ def test_rotary_tables_equal_the_stock_pipeline(bases: dict[str, Path], size: tu
 
 def real_geometry(**changes: object) -> Geometry:
     config = {"patch_size": 2, "patch_size_t": None, "head_dim": 64, "dim": 3072, "sample_height": 60, "sample_width": 90}
-    config |= {"rotary": True, "spatial_interpolation_scale": 1.875, "temporal_interpolation_scale": 1.0}
+    config |= {
+        "channels": 16,
+        "text_dim": 4096,
+        "text_window": 226,
+        "rotary": True,
+        "spatial_interpolation_scale": 1.875,
+        "temporal_interpolation_scale": 1.0,
+    }
     return Geometry(**{**config, **changes})  # type: ignore[arg-type]
 
 

@@ -26,11 +26,13 @@ from realgeneral.commands import precompute as precompute_module
 from realgeneral.commands.precompute import parse_shard, precompute
 from realgeneral.data.store import Store, StoreFailure
 from realgeneral.errors import Failure, UsageError
+from realgeneral.model.cogvideox import RealGeneralTransformer3DModel
 from realgeneral.settings.data import PrecomputeConfig
 from realgeneral.settings.train import TrainConfig
 from realgeneral.training.train import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+IMAGES = RealGeneralTransformer3DModel.images
 TASKS = ["canny", "inpainting", "image-to-sketch"]
 
 
@@ -114,7 +116,7 @@ def test_losses_equal_those_on_the_fly(
     capsys.readouterr()
 
     monkeypatch.setattr(T5EncoderModel, "from_pretrained", forbidden)
-    monkeypatch.setattr("realgeneral.training.objective.encode_images", forbidden)
+    monkeypatch.setattr(RealGeneralTransformer3DModel, "images", IMAGES._replace(encode=forbidden))
     stored = training("stored", precomputed=settings().output, mixed_precision=mixed_precision)
     train(stored)
     assert losses(stored.output) == losses(training("plain").output)
@@ -338,16 +340,16 @@ def test_nothing_but_bad_rows(settings: Callable[..., PrecomputeConfig], tmp_pat
 def test_a_run_that_dies_goes_on(settings: Callable[..., PrecomputeConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     """Dead after three pictures: the next run keeps them and encodes the rest only."""
     total = precompute(settings(output=settings().output + "-whole"))["encoded"]
-    original, calls = precompute_module.encode_images, [0]
+    calls = [0]
 
     def dies(*args: Any) -> Any:
         calls[0] += 1
         if calls[0] == 6:
             raise KeyboardInterrupt
-        return original(*args)
+        return IMAGES.encode(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(precompute_module, "encode_images", dies)
+        patch.setattr(RealGeneralTransformer3DModel, "images", IMAGES._replace(encode=dies))
         with pytest.raises(KeyboardInterrupt):
             precompute(_tiny_shards(settings()))
     result = precompute(_tiny_shards(settings()))

@@ -283,7 +283,7 @@ def test_init_adapter(config: Callable[..., TrainConfig], mixed_precision: str) 
         UsageError, match=r"lora_targets must have those of the adapter to start from, \[.*'to_v'\], got \['to_q'\]"
     ):
         train(config("fifth", init_adapter=first["adapter"], lora_targets=["to_q"]))
-    with pytest.raises(UsageError, match=r"LoRA target must name linear layers of the base .*, got 'ff.net.7'"):
+    with pytest.raises(UsageError, match=r"LoRA target must name linear layers of the base, got 'ff.net.7'"):
         train(config("sixth", init_adapter=first["adapter"], lora_targets=[*LORA_TARGETS, "ff.net.7"]))
     wide = train(dataclasses.replace(made, output=made.output + "-wide", lora_targets=[*LORA_TARGETS, "ff.net.2"]))
     three = weights(wide["adapter"])

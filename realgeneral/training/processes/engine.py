@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from realgeneral.errors import Failure, UsageError
-from realgeneral.model.transformer import RealGeneralTransformer3DModel
+from realgeneral.model.cogvideox import RealGeneralTransformer3DModel
 from realgeneral.settings.train import TrainConfig
 from realgeneral.training.processes.fsdp2 import shard
 from realgeneral.training.processes.zero2 import ZeroOptimizer, zero_settings

@@ -13,8 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from realgeneral.model.transformer import RealGeneralTransformer3DModel
-from rgkernels.cogvideox import block_forward
+from realgeneral.model.cogvideox import RealGeneralTransformer3DModel
 
 
 def shard(transformer: RealGeneralTransformer3DModel, device: torch.device) -> RealGeneralTransformer3DModel:
@@ -24,19 +23,20 @@ def shard(transformer: RealGeneralTransformer3DModel, device: torch.device) -> R
     or the condition's own; the rest (embeddings, last norms, output projection) is the root's unit.
 
     Note:
-        The joint sequence runs through `block_forward`, not through a block's `forward`, around which FSDP's hooks run: the
+        The joint sequence runs through `run_block`, not through a block's `forward`, around which FSDP's hooks run: the
         blocks get it as a method that FSDP knows.
     """
     # a block's outputs are views, which would matter if anything here worked in place
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     # the root too: a gathered copy would hide weights that the average or a checkpoint puts into the shards
+    run_block = transformer.run_block
     unit = partial(fully_shard, mesh=mesh, reshard_after_forward=True)
-    for block, own in zip(transformer.transformer_blocks, transformer.condition_adaln, strict=True):
-        unit([block.norm1.linear, block.norm2.linear])  # type: ignore[union-attr]
-        unit([own.norm1, own.norm2])  # type: ignore[union-attr]
+    for block, own in zip(transformer.stream_blocks, transformer.condition_adaln, strict=True):
+        for layers in transformer.modulation_layers(block, own):
+            unit(layers)
         unit(block)
-        block.joint_forward = MethodType(block_forward, block)  # type: ignore[assignment]
+        block.joint_forward = MethodType(run_block, block)  # type: ignore[assignment]
         register_fsdp_forward_method(block, "joint_forward")
     unit(transformer)
     for method in ("encode_condition", "embed"):
