@@ -1,13 +1,15 @@
-"""Files: written whole or not at all, told apart by their contents, and outputs that can be written."""
+"""Files: written whole or not at all, by one process at a time, and told apart by their contents."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -38,6 +40,48 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
         os.replace(partial, path)
     finally:
         _remove(partial)
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str], name: str = "") -> Iterator[None]:
+    """Hold a folder, or the part `name` of it, for this process alone; it is made if it is missing.
+
+    The lock is the operating system's on a file `.lock` (`.NAME.lock`), so that of a process that was killed is free at once.
+
+    Raises:
+        Failure: Another process holds it; the message says which.
+    """
+    path = Path(folder) / (f".{name}.lock" if name else ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = _open_locked(path)
+    try:
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(handle)
+
+
+def _open_locked(path: Path) -> int:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the process that held it may have taken the file away in between: then another one is locked by its successor
+            if path.exists() and os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        except BlockingIOError:
+            holder = os.read(handle, 200).decode(errors="replace") or "another process"
+            os.close(handle)
+            raise Failure(f"{path.parent} must be written by one process at a time, but {holder} holds {path.name}") from None
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            os.close(handle)
+            raise Failure(f"{path} must be on a file system with locks, got: {error.strerror}") from None
+        os.close(handle)
 
 
 def _remove(path: Path) -> None:
@@ -78,10 +122,21 @@ def folder_fingerprint(folder: Path) -> str:
         raise Failure(f"{folder} must hold the files of a model, found none")
     for path in files:
         digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(2**24):
-                digest.update(chunk)
+        _update(digest, path)
     return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's contents."""
+    digest = hashlib.sha256()
+    _update(digest, path)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, path: Path) -> None:
+    with path.open("rb") as file:
+        while chunk := file.read(2**24):
+            digest.update(chunk)
 
 
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:

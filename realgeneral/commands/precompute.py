@@ -139,8 +139,8 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
     encoder = _Encoder(pipe, writer, device, config.encode_batch)
     bad: list[str] = []
     flushed = time.monotonic()
-    encoder.text("")  # prompts are dropped in training
-    with from_workers(), writer.kept():
+    with from_workers(), writer.writing():
+        encoder.text("")  # prompts are dropped in training
         for row in tqdm(work, desc=f"precompute {part}/{count}", unit="row", file=sys.stderr):
             encoder.row(row)
             if time.monotonic() > flushed + FLUSH_SECONDS:  # on a small model one shard may be the whole store
@@ -152,7 +152,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
                     encoder.finish()
                     raise Failure(row.problem)
                 print(f"bad row: {row.problem}", flush=True)
-    encoder.finish()
+        encoder.finish()
     if bad and len(bad) == len(source):
         raise Failure(f"data must hold good rows, got {len(bad)} bad ones; the first: {bad[0]}")
     return {"encoded": writer.written, "kept": len(encoder.used) - writer.written, "rows": len(rows), "bad": bad}

@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from realgeneral.errors import Failure, UsageError
-from realgeneral.files import replacing, write_text
+from realgeneral.files import locked, replacing, write_text
 
 SETTINGS_FILE = "precompute.json"
 # raised when what is stored for the same inputs changes, so that older entries are not found any more
@@ -226,8 +226,6 @@ class StoreWriter:
         else:
             write_text(folder / SETTINGS_FILE, json.dumps(asdict(settings), indent=1) + "\n", shared=True)
         (folder / "shards").mkdir(exist_ok=True)
-        for left in (folder / "shards").glob(f"{prefix}-*.partial"):
-            left.unlink()
         self.store = Store(folder)
         self.tensors: dict[str, Tensor] = {}
         self.bad: dict[str, str] = {}
@@ -248,13 +246,21 @@ class StoreWriter:
         self.bad[key] = reason
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """Whatever ends the work inside (Ctrl-C, say), what is encoded by then is written."""
-        try:
-            yield
-        except BaseException:
-            self.flush()
-            raise
+    def writing(self) -> Iterator[None]:
+        """Hold the name of this process's shards; whatever ends the work inside (Ctrl-C, say), what is encoded is written.
+
+        Raises:
+            Failure: Another process writes shards of this name.
+        """
+        shards = self.folder / "shards"
+        with locked(shards, self.prefix):
+            for left in shards.glob(f"{self.prefix}-*.partial"):  # of one that was killed
+                left.unlink()
+            try:
+                yield
+            except BaseException:
+                self.flush()
+                raise
 
     def flush(self) -> None:
         """Write what has come together: tensors first, then their index."""

@@ -19,7 +19,7 @@ from realgeneral.data.shapes import Size
 from realgeneral.data.sources.packaged import TARGET_STYLES, AvatarSource, NanoSource
 from realgeneral.errors import UsageError
 from realgeneral.evaluation.metrics import edge_f1, feature_hits, image_features, psnr, ssim
-from realgeneral.files import write_json, write_text
+from realgeneral.files import locked, write_json, write_text
 from realgeneral.generation.bases import load_pipeline
 from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.model.adapter_info import AdapterInfo, library_versions
@@ -191,7 +191,11 @@ def nano_table(config: EvaluateConfig, info: AdapterInfo) -> dict[str, Any]:
     if options := [task for task in config.tasks if ":" in task and task not in info.tasks]:
         raise UsageError(f"tasks must be names, scored with the adapter's own options {list(info.tasks)}, got {options[0]!r}")
     specs = [info.task_spec(name.partition(":")[0]) for name in config.tasks or info.task_names]
-    output = Path(config.output)
+    with locked(config.output):
+        return _compare(config, specs, Path(config.output))
+
+
+def _compare(config: EvaluateConfig, specs: Sequence[str], output: Path) -> dict[str, Any]:
     pipe = _pipeline(config, config.adapter)
     assert pipe.adapter is not None
     base = _pipeline(config, "")

@@ -17,7 +17,7 @@ from realgeneral.evaluation.generator import CaseGenerator, weights_fingerprint
 from realgeneral.evaluation.metrics import Score, frechet_distance
 from realgeneral.evaluation.report import grid, markdown, paper_record
 from realgeneral.evaluation.scores import Scorer, SpatialScorer, SubjectEncoders, SubjectScorer, summary
-from realgeneral.files import write_json, write_text
+from realgeneral.files import locked, write_json, write_text
 from realgeneral.generation.bases import load_pipeline
 from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.model.adapter import read_adapter_info
@@ -54,6 +54,13 @@ def run_protocol(config: EvaluateConfig) -> dict[str, dict[str, Score]]:
         generator.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Failure(f"output must be a folder that can be written, got {output}: {error.strerror}") from None
+    with locked(output):
+        return _generate_and_score(config, generator, cases, bad, new_scorer)
+
+
+def _generate_and_score(
+    config: EvaluateConfig, generator: CaseGenerator, cases: list[Case], bad: list[str], new_scorer: Callable[[], Scorer]
+) -> dict[str, dict[str, Score]]:
     made = generator.run(cases)
     print(f"{made} pictures generated, {len(cases) - made} kept from an earlier run", flush=True)
 

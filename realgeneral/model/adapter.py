@@ -6,15 +6,17 @@ AdaLN and embeddings, and in its metadata everything that must agree when it is 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -31,6 +33,11 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 CONDITION_FILE = "realgeneral.safetensors"
 # in the metadata of both files: the digest of the LoRA that the condition branch was trained with
 PAIR_KEY = "realgeneral_lora"
+# in the metadata of each file: the digest of its tensors and of its other metadata
+DIGEST_KEY = "realgeneral_digest"
+# settings of PEFT that are ours, and those that say nothing of what the layers compute
+LORA_SETTINGS = ("r", "lora_alpha", "target_modules")
+LORA_NOTES = ("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
 Tensors = dict[str, torch.Tensor]
 
 
@@ -55,16 +62,19 @@ def write_files(
 
 
 def _write(tensors: Tensors, path: Path, metadata: dict[str, str]) -> None:
-    save_file(tensors, path, metadata)
+    save_file(tensors, path, {**metadata, DIGEST_KEY: _digest(tensors, metadata)})
     # safetensors makes private files; these get the mode of any other new file
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
 
 
-def _digest(tensors: Tensors) -> str:
-    """SHA-256 of names and bits."""
+def _digest(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> str:
+    """SHA-256 of names and bits; with metadata also of that, and of dtypes and shapes."""
     digest = hashlib.sha256()
+    if metadata is not None:
+        kinds = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+        digest.update(json.dumps([dict(metadata), kinds], sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
@@ -79,28 +89,68 @@ def existing(folder: str | os.PathLike[str], name: str) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever is raised for a file that is gone or damaged into a Failure that names it."""
+    try:
+        yield
+    except Failure:
+        raise
+    except FileNotFoundError:
+        raise Failure(f"{path} must stay while it is read, got a file that is gone: does another process write it?") from None
+    except Exception as error:  # a flipped bit of a header reaches json, torch and NumPy
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise Failure(f"{path} must be a complete safetensors file, got: {told}") from None
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file; Failure if it is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise Failure(f"{path} must be a complete safetensors file, got: {error}") from None
+    with _reading(path), safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def read_tensors(path: Path) -> Tensors:
-    """All tensors of a safetensors file; Failure if it is damaged."""
-    try:
+    """All tensors of a safetensors file, as they were written; Failure as `check_written`."""
+    tensors = _unchecked(path)
+    check_written(path, tensors)
+    return tensors
+
+
+def _unchecked(path: Path) -> Tensors:
+    with _reading(path):
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise Failure(f"{path} must be a complete safetensors file, got: {error}") from None
 
 
-def check_pair(lora: Path, branch: Path) -> None:
-    """Failure if the files are of two trainings; without a mark (earlier versions, files made otherwise) they pass."""
-    marks = [read_metadata(path).get(PAIR_KEY) for path in (lora, branch)]
+def check_written(path: Path, tensors: Tensors) -> None:
+    """Failure if a file's tensors or metadata are not those that were written (by its digest, if it has one) or not finite."""
+    metadata = read_metadata(path)
+    written = metadata.pop(DIGEST_KEY, None)
+    if written is not None and written != _digest(tensors, metadata):
+        raise Failure(f"{path} must hold what was written, got other bits: the file is damaged, or was changed since")
+    check_finite(tensors, str(path))
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    """Failure that names the first tensor with a number that is NaN or infinite; `what` holds it."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            bad = tensor[~torch.isfinite(tensor)].flatten()[0].item()
+            raise Failure(f"{what} must hold finite numbers, got {bad} in {name}")
+
+
+def check_pair(lora_path: Path, branch_path: Path, lora: Tensors) -> None:
+    """Failure if the files are of two trainings; without a mark (earlier versions, files made otherwise) they pass.
+
+    Args:
+        lora_path: File of the LoRA.
+        branch_path: File of the condition branch.
+        lora: Tensors of the LoRA, whose digest is the mark.
+    """
+    marks = [read_metadata(path).get(PAIR_KEY) for path in (lora_path, branch_path)]
     if None not in marks and marks[0] != marks[1]:
-        raise Failure(f"{lora} and {branch.name} must be of one training, got files of two")
+        raise Failure(f"{lora_path} and {branch_path.name} must be of one training, got files of two")
+    if marks[0] is not None and marks[0] != _digest({name.removeprefix("transformer."): x for name, x in lora.items()}):
+        raise Failure(f"{lora_path} must hold what was written, got other bits: the file is damaged, or was changed since")
 
 
 class AdapterTensors(NamedTuple):
@@ -150,8 +200,14 @@ def save_adapter(
 
 
 def write_adapter(tensors: AdapterTensors, folder: str | os.PathLike[str], info: AdapterInfo) -> None:
-    """Write what `adapter_tensors` returned, as `save_adapter` does; one process is enough."""
+    """Write what `adapter_tensors` returned, as `save_adapter` does; one process is enough.
+
+    Raises:
+        Failure: A number is not finite, or the folder cannot be written.
+    """
     folder = Path(folder)
+    check_finite(tensors.lora, "adapter")
+    check_finite(tensors.branch, "adapter")
     try:
         # both are complete before one takes its place
         with replacing(folder / LORA_FILE) as lora, replacing(folder / CONDITION_FILE) as branch:
@@ -191,7 +247,7 @@ def load_adapter(
     folder = resolve_adapter(folder)
     info = read_adapter_info(folder)
     lora_path, branch_path = existing(folder, LORA_FILE), existing(folder, CONDITION_FILE)
-    lora, branch = read_tensors(lora_path), read_tensors(branch_path)
+    lora, branch = _unchecked(lora_path), _unchecked(branch_path)
     # everything is checked before the model is touched
     check_fits(transformer, info, preset)
     if not other_weights and not trained_on(transformer, info):
@@ -199,10 +255,13 @@ def load_adapter(
     if lora_layers(transformer):
         raise UsageError("transformer must have no LoRA before an adapter is loaded, got one: call unload_lora_weights() first")
     _check_lora(transformer, lora, info, lora_path)
-    check_pair(lora_path, branch_path)
+    check_pair(lora_path, branch_path, lora)
     shapes = {name: p.shape for name, p in transformer.condition_parameters().items()}
     shapes["condition_embedding.task.weight"] = torch.Size((len(info.tasks), transformer.geometry.dim))
     check_branch(shapes, branch, branch_path)
+    # last, since other messages say more
+    check_written(lora_path, lora)
+    check_written(branch_path, branch)
 
     transformer.configure_condition(info.task_names, info.preset)
     copy_branch(transformer, branch, branch_path)
@@ -231,16 +290,34 @@ def _check_lora(
         wanted = [rank, linear.in_features] if part == "A.weight" else [linear.out_features, rank]
         if list(tensor.shape) != wanted:
             raise Failure(f"{name} in {path} must have shape {wanted}, got {list(tensor.shape)}")
-    stored = json.loads(read_metadata(path).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    alpha = stored.get("transformer.lora_alpha")
+    stored = _lora_settings(path)
+    alpha = stored.get("lora_alpha")
     if alpha != info.alpha:
         raise Failure(f"{path} must have alpha {info.alpha} like {CONDITION_FILE}, got {alpha}")
-    layers = {name for target in stored.get("transformer.target_modules", ()) for name in target_layers(transformer, target)}
+    layers = {name for target in stored.get("target_modules") or () for name in target_layers(transformer, target)}
     wanted_names = {f"transformer.{layer}.lora_{part}.weight" for layer in layers for part in "AB"}
     if odd := sorted(wanted_names ^ lora.keys()):
         raise Failure(
             f"{path} must hold the {len(wanted_names)} tensors of {len(layers)} layers, got {len(lora)}; first odd: {odd[0]}"
         )
+
+
+def _lora_settings(path: Path) -> dict[str, Any]:
+    """PEFT's settings in a LoRA file; Failure unless those that change what a layer computes are at their defaults."""
+    text = read_metadata(path).get(LORA_ADAPTER_METADATA_KEY, "{}")
+    try:
+        stored = {name.removeprefix("transformer."): value for name, value in json.loads(text).items()}
+        targets = stored.get("target_modules") or []
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise ValueError(f"target_modules {targets!r}")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise Failure(f"{path} must hold PEFT's settings in its metadata, got {text[:60]!r}: {error}") from None
+    defaults = LoraConfig().to_dict()
+    for name, value in stored.items():
+        if name in (*LORA_SETTINGS, *LORA_NOTES) or value == defaults.get(name) or (name not in defaults and not value):
+            continue
+        raise Failure(f"{path} must have the LoRA setting {name} at its default {defaults.get(name)!r}, got {value!r}")
+    return stored
 
 
 def check_branch(shapes: Mapping[str, torch.Size], branch: dict[str, torch.Tensor], path: Path) -> None:

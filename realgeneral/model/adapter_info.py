@@ -87,6 +87,8 @@ class AdapterInfo:
                 signature=tuple(json.loads(metadata.get("signature", "[]"))),
                 versions=json.loads(metadata["versions"]),
             )
+            if info.rank < 1 or not 0 < info.alpha < math.inf:
+                raise ValueError(f"rank and alpha: {info.rank} and {info.alpha}")
             right = {
                 "tasks": all(isinstance(task, str) for task in info.tasks),
                 "geometry": isinstance(info.geometry, dict),
@@ -96,7 +98,7 @@ class AdapterInfo:
             if wrong := [name for name, good in right.items() if not good]:
                 raise ValueError(", ".join(wrong))
             return info
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise Failure(f"{path} must carry RealGeneral's metadata, got a file without a valid {error}") from None
 
 

@@ -1,16 +1,18 @@
 """Checkpoints of a training run: written whole or not at all, and enough to continue exactly.
 
-A checkpoint `checkpoints/step-000200/` holds the adapter (as trained, float32) and `training_state.pt` (optimizer, average,
-step, settings; read with `weights_only=True`). Random numbers need no state: they are functions of (seed, sample number). All
-tensors are whole, whatever the engine: a run may continue on another number of processes, or with another engine.
+A checkpoint `checkpoints/step-000200/` holds the adapter (as trained, float32), `training_state.pt` (optimizer, average, step,
+settings; read with `weights_only=True`) and `digests.json`, by which damaged files are known. Random numbers need no state:
+they are functions of (seed, sample number). All tensors are whole, whatever the engine: a run may continue on another number
+of processes, or with another engine.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-import pickle
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,12 +23,13 @@ from peft.utils import set_peft_model_state_dict
 
 from realgeneral.data.samples import PairDataset
 from realgeneral.errors import Failure, UsageError
-from realgeneral.files import check_output, replacing
+from realgeneral.files import check_output, file_digest, replacing, write_json
 from realgeneral.model.adapter import (
     CONDITION_FILE,
     LORA_FILE,
     AdapterTensors,
     adapter_tensors,
+    check_finite,
     copy_branch,
     read_adapter_info,
     read_tensors,
@@ -36,7 +39,7 @@ from realgeneral.model.adapter_info import AdapterInfo, check_fits, trained_on
 from realgeneral.settings.train import TrainConfig, adjusted, check_resumable
 from realgeneral.training.processes.fsdp2 import shard_like, whole
 
-STATE_FILE = "training_state.pt"
+STATE_FILE, DIGESTS_FILE = "training_state.pt", "digests.json"
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -81,6 +84,7 @@ def start_or_resume(config: TrainConfig, output: Path, processes: int = 1, tell:
             "batch_size * gradient_accumulation_steps * processes must be "
             f"{state['samples_per_step']} as in the run to resume, got {samples}"
         )
+    check_digests(found[-1])  # last, since other messages say more
     for change in adjusted(state["config"], config) if tell else []:
         print(f"{change} ({found[-1].name})", flush=True)
     return found[-1]
@@ -153,13 +157,19 @@ def snapshot(
 
 
 def save(output: Path, info: AdapterInfo, adapter: AdapterTensors, state: dict[str, Any]) -> Path:
-    """Write `step-NNNNNN`, and once it is on the disk drop the oldest."""
+    """Write `step-NNNNNN`, and once it is on the disk drop the oldest.
+
+    Raises:
+        Failure: A weight is not finite, or the files cannot be written; earlier checkpoints stay.
+    """
     step, keep = state["step"], state["config"]["keep_checkpoints"]
     final = output / "checkpoints" / f"step-{step:06d}"
+    check_training_state(output, step, adapter, state)
     try:
         with replacing(final) as partial:
             write_adapter(adapter, partial, info)
             torch.save(state, partial / STATE_FILE)
+            write_json(partial / DIGESTS_FILE, {path.name: file_digest(path) for path in sorted(partial.iterdir())})
             for path in (*partial.iterdir(), partial):
                 _flush(path)
         _flush(final.parent)
@@ -170,6 +180,20 @@ def save(output: Path, info: AdapterInfo, adapter: AdapterTensors, state: dict[s
     for old in checkpoints(output)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def check_training_state(output: Path, step: int, adapter: AdapterTensors, state: dict[str, Any]) -> None:
+    """Failure, before anything is written, if a weight, its average or an optimizer's state is NaN or infinite."""
+    moments = {f"optimizer state {i} {k}": x for i, entry in state["optimizer"]["state"].items() for k, x in entry.items()}
+    averages = {f"average {i}": x for i, x in enumerate(state["ema"]["shadow_params"])} if state["ema"] else {}
+    floating = {k: x for k, x in {**moments, **averages}.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    try:
+        for tensors in (adapter.lora, adapter.branch, floating):
+            check_finite(tensors, "the run")
+    except Failure as error:
+        sane = [folder.name for folder in checkpoints(output)]
+        kept = f"the newest checkpoint is {sane[-1]}, whose numbers are finite" if sane else "there is no checkpoint yet"
+        raise Failure(f"{error} after step {step}, and nothing was written; {kept}") from None
 
 
 def load_weights(folder: Path, transformer: Any) -> None:
@@ -204,11 +228,39 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
+def check_digests(folder: Path) -> None:
+    """Failure if a file of a checkpoint is not as it was written; checkpoints of version 0.1 have no digests to tell by."""
+    path = folder / DIGESTS_FILE
+    if not path.is_file():
+        return
+    with _reading(folder, DIGESTS_FILE):
+        for name, digest in json.loads(path.read_text(encoding="utf-8")).items():
+            with _reading(folder, name):
+                if file_digest(folder / name) != digest:
+                    raise ValueError("other bits than were written")
+
+
 def _read_state(folder: Path) -> dict[str, Any]:
-    try:
+    with _reading(folder, STATE_FILE):
         state: dict[str, Any] = torch.load(folder / STATE_FILE, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
-        raise Failure(
-            f"{folder / STATE_FILE} must be a complete file, got a damaged one; remove {folder.name} to resume before it"
-        ) from None
+        if missing := {"step", "config", "optimizer"} - set(state):
+            raise ValueError(f"no {sorted(missing)[0]}")
     return state
+
+
+@contextlib.contextmanager
+def _reading(folder: Path, name: str) -> Iterator[None]:
+    """Turn whatever is raised for a file of a checkpoint that is gone or damaged into a Failure that names it."""
+    try:
+        yield
+    except Failure:
+        raise
+    except FileNotFoundError:
+        raise Failure(
+            f"{folder / name} must stay while it is read, got a file that is gone: does another process write it?"
+        ) from None
+    except Exception as error:  # of zip files, pickles, JSON
+        told = " ".join(str(error).split())[:80] or type(error).__name__
+        raise Failure(
+            f"{folder / name} must be a complete file, got a damaged one ({told}); remove {folder.name} to resume before it"
+        ) from None

@@ -29,6 +29,7 @@ from realgeneral.data.shapes import Shape
 from realgeneral.data.sources.open import open_source
 from realgeneral.data.workers import leave_signals, loaded
 from realgeneral.errors import Failure, UsageError
+from realgeneral.files import check_output, locked
 from realgeneral.generation.pipeline import RealGeneralPipeline
 from realgeneral.model.adapter import adapter_tensors, write_adapter
 from realgeneral.model.adapter_info import AdapterInfo
@@ -82,28 +83,34 @@ def train(config: TrainConfig) -> dict[str, Any]:
         Failure: Data cannot be read, or the loss is not finite; in every process, whichever of them met it.
     """
     engine, stop = Engine(config), Stop()
-    run = open_run(config, engine)
-    bar = tqdm(
-        range(run.start, config.steps), initial=run.start, total=config.steps, disable=not engine.is_main, file=sys.stderr
-    )
-    with stop.catching():
-        for step in bar:
-            optimizer_step(run, step, bar)
-            done, signal_number = step + 1, engine.largest(stop.asked)
-            if done % config.save_every == 0 or done == config.steps or signal_number:
-                save_checkpoint(run, done)
-            if config.sample_every and done % config.sample_every == 0 and done < config.steps:
-                save_samples(run, done, run.ema)
-            if signal_number:
-                raise Failure(f"stopped by signal {signal_number} after step {done}; the same command with --resume continues")
-    return finish(run)
+    with contextlib.ExitStack() as lock:
+        run = open_run(config, engine, lock)
+        bar = tqdm(
+            range(run.start, config.steps), initial=run.start, total=config.steps, disable=not engine.is_main, file=sys.stderr
+        )
+        with stop.catching():
+            for step in bar:
+                optimizer_step(run, step, bar)
+                done, signal_number = step + 1, engine.largest(stop.asked)
+                if done % config.save_every == 0 or done == config.steps or signal_number:
+                    save_checkpoint(run, done)
+                if config.sample_every and done % config.sample_every == 0 and done < config.steps:
+                    save_samples(run, done, run.ema)
+                if signal_number:
+                    raise Failure(
+                        f"stopped by signal {signal_number} after step {done}; the same command with --resume continues"
+                    )
+        return finish(run)
 
 
-def open_run(config: TrainConfig, engine: Engine) -> Run:
-    """Models, data, optimizer and log, fresh or as the newest checkpoint left them."""
+def open_run(config: TrainConfig, engine: Engine, lock: contextlib.ExitStack) -> Run:
+    """Models, data, optimizer and log, fresh or as the newest checkpoint left them; the output folder is held by `lock`."""
     output = Path(config.output)
     with engine.together():
         check_tracker(config)
+        check_output(config.output)
+        if early := engine.is_main and output.is_dir():
+            lock.enter_context(locked(output))
         resumed = checkpoint.start_or_resume(config, output, engine.world, engine.is_main)
         start = int(resumed.name.removeprefix("step-")) if resumed else 0
     agree_on_start(engine, output, start)
@@ -131,6 +138,10 @@ def open_run(config: TrainConfig, engine: Engine) -> Run:
     ema = EMAModel(trained, decay=config.ema_decay, use_ema_warmup=True) if config.ema_decay else None
     skipped = checkpoint.load_state(resumed, trained, optimizer, ema) if resumed else []
     with engine.together():
+        if engine.is_main and not early:  # a folder is made once nothing is wrong with the settings
+            lock.enter_context(locked(output))
+            if checkpoint.checkpoints(output):
+                raise Failure(f"output must be a new folder, got {output} in which another run has begun meanwhile")
         log = MetricsLog(output / "metrics.jsonl", start, config, engine.is_main, skipped)
     return Run(
         config, engine, output, source, pipe, info, plan, model, trained, optimizer, ema, texts, dataset, batches, start, log,

@@ -20,7 +20,15 @@ from safetensors.torch import load_file, save_file
 from realgeneral import RealGeneralPipeline, RealGeneralTransformer3DModel
 from realgeneral.errors import Failure, UsageError
 from realgeneral.model import adapter as adapter_files
-from realgeneral.model.adapter import CONDITION_FILE, LORA_FILE, PAIR_KEY, load_adapter, read_adapter_info, save_adapter
+from realgeneral.model.adapter import (
+    CONDITION_FILE,
+    DIGEST_KEY,
+    LORA_FILE,
+    PAIR_KEY,
+    load_adapter,
+    read_adapter_info,
+    save_adapter,
+)
 from realgeneral.model.adapter_info import AdapterInfo, adapter_info
 from realgeneral.model.lora import add_lora, mark_trainable, merge_lora, unmerge_lora
 from realgeneral.settings.train import LORA_TARGETS
@@ -352,7 +360,7 @@ def test_files_can_be_read_by_whom_the_umask_lets(bases: dict[str, Path], tmp_pa
 def test_files_of_earlier_versions(bases: dict[str, Path], saved: Path) -> None:
     """Without the mark of their pair they load as before."""
     for name in (LORA_FILE, CONDITION_FILE):
-        rewrite(saved / name, {PAIR_KEY: None})
+        rewrite(saved / name, {PAIR_KEY: None, DIGEST_KEY: None})
         load_adapter(fresh(bases["5b"]), saved)
 
 

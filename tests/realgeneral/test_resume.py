@@ -218,7 +218,7 @@ def test_damaged_newest_checkpoint(config: Callable[..., TrainConfig]) -> None:
     with pytest.raises(Failure, match=r"training_state.pt must be a complete file.*remove step-000004"):
         train(config(steps=4, resume=True))
     shutil.rmtree(state.parent)
-    with pytest.raises(Failure, match=r"complete safetensors file.*; remove step-000002 to resume before it"):
+    with pytest.raises(Failure, match=r"must be a complete file, got a damaged one .*; remove step-000002 to resume before it"):
         train(config(steps=4, resume=True))
 
 
