@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.harness.shapes import SHAPES, Shape
 
 SMS = 132
 CLOCK = 1.83e9  # at which the data sheet's 989 TFLOP/s hold: 132 x 4096 per clock
@@ -258,7 +258,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 def write_json(rows: list[dict[str, Any]], path: Path) -> None:
     """Predictions with their assumptions, commit and date, a row per line."""
-    from benchmarks.common import environment
+    from benchmarks.harness.timing import environment
 
     origin = environment(torch.device("cpu"))
     head = {"date": datetime.date.today().isoformat(), "commit": origin["commit"], "dirty": origin["dirty"]}

@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks import predict
+from benchmarks.harness.shapes import SHAPES
 from benchmarks.predict import MODES, VECTORS, Work, busiest, launched_work, least_work, times
-from benchmarks.shapes import SHAPES
 
 
 @pytest.mark.parametrize("mode", MODES)

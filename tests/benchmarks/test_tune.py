@@ -21,7 +21,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from benchmarks import launch_writer, tune
 from benchmarks.builders import Builders
-from benchmarks.shapes import Shape
+from benchmarks.harness.shapes import Shape
 from benchmarks.tune import TARGETS, Bench, Target, difference, is_faster, launched_as, neighbours, search
 from rgkernels._triton.launch_data import LAUNCHES, MEASURED
 from rgkernels._triton.launch_table import KINDS, Launch, RowTile, ScoreTile, find, size_class

@@ -15,9 +15,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.bench_attention import block_mask_of
-from benchmarks.shapes import Shape
-from benchmarks.stock_block import stock_block
+from benchmarks.harness.attention import block_mask_of
+from benchmarks.harness.shapes import Shape
+from benchmarks.harness.stock_block import stock_block
 from realgeneral.layout import get_preset, joint_layout, sublayout
 from realgeneral.transformer import RealGeneralTransformer3DModel
 from rgkernels import SegmentLayout, cogvideox
