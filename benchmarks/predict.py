@@ -182,8 +182,8 @@ def _short(value: float) -> float:
 
 def launched_work(op: str, mode: str, shape: Shape) -> list[Work]:
     """The launches of one op on an H100, as work; its tensors have no memory."""
-    from benchmarks.direct import prepare
-    from benchmarks.launches import record_launches
+    from benchmarks.launches.direct import prepare
+    from benchmarks.launches.record import record_launches
 
     def tensor(*size: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(size, dtype=dtype or DTYPE, device="meta")
@@ -197,8 +197,8 @@ def launched_work(op: str, mode: str, shape: Shape) -> list[Work]:
 
 
 def _row_work(launch: Any, shape: Shape) -> Work:
-    """A kernel over rows of tokens: bytes as counted by benchmarks/bytes_moved.py, programs of one size."""
-    from benchmarks.bytes_moved import bytes_moved
+    """A kernel over rows of tokens: bytes as counted by launches/bytes_moved.py, programs of one size."""
+    from benchmarks.launches.bytes_moved import bytes_moved
 
     moved = bytes_moved([launch])
     grid = launch.grid[0]
@@ -212,9 +212,9 @@ def _row_work(launch: Any, shape: Shape) -> Work:
 
 def _attention_work(launch: Any, shape: Shape) -> Work:
     """A kernel over scores, tile by tile; the delta pass streams rows."""
-    from benchmarks.bytes_moved import distinct_bytes
-    from benchmarks.direct import attention_problem
-    from benchmarks.launches import tensors
+    from benchmarks.launches.bytes_moved import distinct_bytes
+    from benchmarks.launches.direct import attention_problem
+    from benchmarks.launches.record import tensors
     from rgkernels._triton.attention_schedule import tile_table
 
     found, name, grid = launch.arguments, launch.name, launch.grid[0]
