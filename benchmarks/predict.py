@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.harness.least_work import MODES, VECTORS, least_work
 from benchmarks.harness.shapes import SHAPES, Shape
 
 SMS = 132
@@ -63,33 +64,6 @@ INSTRUCTIONS = {
 NORMALISING = ("_adaln_fwd_kernel", "_qk_norm_rope_fwd_kernel", "_qk_norm_rope_bwd_kernel")
 # matrix products over the scores, 2 D operations each: q k, p v | q k, do v, ds k | q k, do v, p do, ds q
 PRODUCTS = {"_attn_fwd_kernel": 2, "_attn_bwd_dq_kernel": 3, "_attn_bwd_dkdv_kernel": 4}
-
-MODES = ("forward", "backward")
-# vectors of one token that an op must move, forward and backward, and its arithmetic operations per element
-VECTORS = {
-    "segment_adaln": (2, 3),
-    "segment_gate_residual": (3, 3),
-    "segment_gate_residual_adaln": (4, 6),
-    "qk_norm_rope": (4, 6),
-    "segment_attention": (4, 8),
-}
-OPERATIONS = {
-    "segment_adaln": (8, 14),
-    "segment_gate_residual": (2, 3),
-    "segment_gate_residual_adaln": (10, 17),
-    "qk_norm_rope": (22, 44),
-}
-
-
-def least_work(op: str, mode: str, shape: Shape, itemsize: int) -> tuple[int, int]:
-    """(bytes, FLOP) that an op needs whoever computes it: the place of its results on a roofline."""
-    backward = MODES.index(mode)
-    elements = shape.batch * shape.seq_len * shape.channels
-    moved = VECTORS[op][backward] * elements * itemsize
-    if op != "segment_attention":
-        return moved, OPERATIONS[op][backward] * elements
-    scores = round(shape.seq_len**2 * shape.layout.visible_fraction) * shape.batch * shape.heads
-    return moved, round(4 * shape.head_dim * scores * (1.0, 2.5)[backward])
 
 
 @dataclass
