@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_gpu import ended
 
-from benchmarks.builders import Builders
+from benchmarks.tuning.builders import Builders
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,7 +82,7 @@ def test_without_workers_nothing_is_started(workers: int, tmp_path: Path) -> Non
 def test_a_program_ends_while_a_worker_does_not(tmp_path: Path) -> None:
     """The interpreter joins pools at exit: it must not wait for a long compilation."""
     (tmp_path / "program.py").write_text(
-        "import time\nfrom benchmarks.builders import Builders\n"
+        "import time\nfrom benchmarks.tuning.builders import Builders\n"
         "if __name__ == '__main__':\n"
         "    with Builders(2) as builders:\n"
         "        builders.run(time.sleep, [(600,)] * 9, time.monotonic() + 3)\n"
