@@ -6,10 +6,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_gpu import ended
 
 from benchmarks.tuning.builders import Builders
 
@@ -33,7 +33,9 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_work_is_done_in_workers_until_time_is_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_work_is_done_in_workers_until_time_is_up(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], ended: Callable[[int], bool]
+) -> None:
     """All of it if there is time; what is late is neither waited for nor begun, and what still runs ends with the block."""
     with Builders(2) as builders:
         builders.run(work, [(tmp_path, name) for name in ("a", "raises", "b")], time.monotonic() + 60)
