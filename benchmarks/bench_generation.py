@@ -19,9 +19,9 @@ pytest.importorskip("transformers")
 
 from diffusers import CogVideoXDDIMScheduler
 
-from benchmarks.common import Case, Run, measure, usable
-from benchmarks.models import Inputs, Provider, block_flops, build_model, model_flops, model_inputs, providers
-from benchmarks.shapes import MODELS, Shape
+from benchmarks.harness.models import Inputs, Provider, block_flops, build_model, model_flops, model_inputs, providers
+from benchmarks.harness.shapes import MODELS, Shape
+from benchmarks.harness.timing import Case, Run, measure, usable
 from realgeneral.generation.denoising import Conditioning, denoise
 from realgeneral.generation.guidance import Guidance
 from realgeneral.generation.pipeline import RealGeneralPipeline

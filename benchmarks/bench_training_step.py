@@ -18,9 +18,9 @@ pytest.importorskip("diffusers")
 
 from diffusers import CogVideoXDDIMScheduler
 
-from benchmarks.common import Case, Run, measure, usable
-from benchmarks.models import Inputs, Provider, build_model, model_flops, model_inputs, providers
-from benchmarks.shapes import MODELS, Shape
+from benchmarks.harness.models import Inputs, Provider, build_model, model_flops, model_inputs, providers
+from benchmarks.harness.shapes import MODELS, Shape
+from benchmarks.harness.timing import Case, Run, measure, usable
 from realgeneral.model.lora import add_lora
 from realgeneral.model.presets import get_preset, joint_layout
 from realgeneral.settings.train import LORA_TARGETS

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("diffusers")
 
 from benchmarks import bench_block, bench_generation, bench_training_step
-from benchmarks.models import CONFIGS, Provider, block_flops, build_model, config_of, model_inputs, providers
-from benchmarks.shapes import MODELS, SHAPES, Shape
+from benchmarks.harness.models import CONFIGS, Provider, block_flops, build_model, config_of, model_inputs, providers
+from benchmarks.harness.shapes import MODELS, SHAPES, Shape
 from realgeneral.model.lora import add_lora
 from realgeneral.settings.train import LORA_TARGETS
 from rgkernels.testing import assert_within_reference_error

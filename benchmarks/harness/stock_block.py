@@ -13,7 +13,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
-from benchmarks.bench_attention import masked_sdpa
+from benchmarks.harness.attention import masked_sdpa
 from rgkernels import SegmentLayout
 from rgkernels.cogvideox import KeyValue, Modulation, Rotary
 

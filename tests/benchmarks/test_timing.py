@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common
-from benchmarks.common import Case, environment, measure, summary, usable, write_rows
+from benchmarks.harness import timing
+from benchmarks.harness.timing import Case, environment, measure, summary, usable, write_rows
 
 CPU = torch.device("cpu")
 CASE = Case("op", "forward", "nano", torch.float32)
@@ -36,8 +36,8 @@ def test_ratio_is_the_median_over_pairs(monkeypatch: pytest.MonkeyPatch) -> None
     def run(name: str) -> None:
         clock[0] += next(durations[name])
 
-    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(common, "SECONDS", 1e9)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing, "SECONDS", 1e9)
     runs = {name: lambda name=name: run(name) for name in durations}
     slow, fast = measure(CASE, runs, CPU, repeats=5, against={"fast": "slow"})
     assert fast["ratio"] == 2 and fast["against"] == "slow" and "ratio" not in slow
@@ -46,7 +46,7 @@ def test_ratio_is_the_median_over_pairs(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_no_round_starts_after_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "SECONDS", 0.05)
+    monkeypatch.setattr(timing, "SECONDS", 0.05)
     rows = measure(CASE, {"a": lambda: time.sleep(0.03)}, CPU, repeats=100, least=3)
     assert 3 <= rows[0]["runs"] < 10
     assert measure(CASE, {"a": lambda: time.sleep(0.06)}, CPU, repeats=1, least=2)[0]["runs"] == 2
@@ -82,24 +82,24 @@ def test_peers_may_fail_but_ours_may_not(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_copy_without_git_is_dirty_unless_its_commit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "_output", lambda *command: None)
+    monkeypatch.setattr(timing, "_output", lambda *command: None)
     for named, dirty in ((None, True), ("0123abc", False)):
-        common._origin.cache_clear()
+        timing._origin.cache_clear()
         if named:
             monkeypatch.setenv("BENCH_COMMIT", named)
         else:
             monkeypatch.delenv("BENCH_COMMIT", raising=False)
         row = environment(CPU)
         assert (row["commit"], row["dirty"]) == (named, dirty)
-    common._origin.cache_clear()
+    timing._origin.cache_clear()
 
 
 def test_git_is_believed_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "_output", lambda *command: {"rev-parse": "fedc", "status": " M x"}.get(command[1]))
+    monkeypatch.setattr(timing, "_output", lambda *command: {"rev-parse": "fedc", "status": " M x"}.get(command[1]))
     monkeypatch.setenv("BENCH_COMMIT", "0123abc")
-    common._origin.cache_clear()
+    timing._origin.cache_clear()
     row = environment(CPU)
-    common._origin.cache_clear()
+    timing._origin.cache_clear()
     assert (row["commit"], row["dirty"]) == ("fedc", True)
 
 

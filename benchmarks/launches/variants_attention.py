@@ -17,8 +17,8 @@ from unittest import mock
 
 import torch
 
-from benchmarks.binaries import TARGETS, Figures, compile_launch, figures
-from benchmarks.launches import Launch, record_launches
+from benchmarks.launches.binaries import TARGETS, Figures, compile_launch, figures
+from benchmarks.launches.record import Launch, record_launches
 from rgkernels._triton import attention_tiles
 from rgkernels._triton.attention_bwd import launch_bwd
 from rgkernels._triton.attention_fwd import launch_fwd

@@ -1,6 +1,6 @@
 """Norm-site and qk_norm_rope launches for the static report, and the budgets that their binaries must keep.
 
-`variants` yields (name, target, launches); benchmarks/static_variants_attention.py does the same for attention.
+`variants` yields (name, target, launches); variants_attention.py does the same for attention.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.binaries import TARGETS
-from benchmarks.launches import Launch, record_launches
+from benchmarks.launches.binaries import TARGETS
+from benchmarks.launches.record import Launch, record_launches
 from rgkernels import SegmentLayout
 from rgkernels._triton import adaln, qk_norm_rope
 

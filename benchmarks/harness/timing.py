@@ -38,7 +38,7 @@ class Case:
     Args:
         op: Name of the op.
         mode: "forward", "backward", or what a model-level benchmark says.
-        shape: Name from benchmarks/shapes.py.
+        shape: Name from benchmarks/harness/shapes.py.
         dtype: Of the tokens.
         bytes: The fewest bytes that the op must move, whoever computes it.
         flops: Floating-point operations, for compute-bound ops.

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.launches import Launch
+from benchmarks.launches.record import Launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -15,9 +15,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.bench_attention import block_mask_of
-from benchmarks.shapes import Shape
-from benchmarks.stock_block import stock_block
+from benchmarks.harness.attention import block_mask_of
+from benchmarks.harness.shapes import Shape
+from benchmarks.harness.stock_block import stock_block
 from realgeneral.model.cogvideox import RealGeneralTransformer3DModel
 from realgeneral.model.presets import get_preset, joint_layout, sublayout
 from rgkernels import SegmentLayout, cogvideox

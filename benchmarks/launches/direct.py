@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Shape
+from benchmarks.harness.shapes import Shape
 from rgkernels._triton import adaln_bwd, adaln_fwd, attention_bwd, attention_fwd, qk_norm_rope_bwd, qk_norm_rope_fwd
 from rgkernels._triton.attention_schedule import Problem
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-from benchmarks.launches import Launch, tensors
+from benchmarks.launches.record import Launch, tensors
 
 PARAMETERS = {
     "gate_ptr", "shift_ptr", "scale_ptr", "weight_ptr", "bias_ptr", "dgate_ptr", "dshift_ptr", "dscale_ptr", "dweight_ptr",
@@ -79,4 +79,4 @@ def _kind(kernel: str, name: str) -> str:
     for kind, names in kinds.items():
         if name in names:
             return kind
-    raise ValueError(f"{kernel}: argument {name} must be listed in benchmarks/bytes_moved.py, got no kind for it")
+    raise ValueError(f"{kernel}: argument {name} must be listed in benchmarks/launches/bytes_moved.py, got no kind for it")

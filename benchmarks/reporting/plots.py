@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.predict import VECTORS, least_work
-from benchmarks.rows import Origin, Row, best_peer, cases, ceilings, is_ours, is_peer
-from benchmarks.shapes import SHAPES
+from benchmarks.harness.least_work import VECTORS, least_work
+from benchmarks.harness.shapes import SHAPES
+from benchmarks.reporting.rows import Origin, Row, best_peer, cases, ceilings, is_ours, is_peer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

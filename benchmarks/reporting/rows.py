@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.shapes import SHAPES
+from benchmarks.harness.shapes import SHAPES
 from realgeneral.errors import Failure
 
 Row = dict[str, Any]
@@ -136,7 +136,7 @@ def grouped(rows: Sequence[Row]) -> dict[Origin, list[Row]]:
 
 
 def cases(rows: Iterable[Row]) -> dict[tuple[str, str], dict[tuple[str, str], list[Row]]]:
-    """(op, mode) -> (shape, dtype) -> rows, shapes in the order of benchmarks/shapes.py, the fastest provider first."""
+    """(op, mode) -> (shape, dtype) -> rows, shapes in the order of SHAPES, the fastest provider first."""
     order = {name: i for i, name in enumerate(SHAPES)}
     found: dict[tuple[str, str], dict[tuple[str, str], list[Row]]] = {}
     for row in sorted(rows, key=lambda row: (order.get(row["shape"], len(order)), row["shape"], row["ms_p50"])):
