@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_gpu import ended
 
 from benchmarks.builders import Builders
+from tests.benchmarks.processes import ended
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.gpu import MARGIN, Outcome, Session
+from tests.benchmarks.processes import ended
 
 ROOT = Path(__file__).parents[2]
 SLEEP = ["-c", "import time; print('started', flush=True); time.sleep(60)"]
@@ -58,16 +59,6 @@ def test_phases_fit_the_budget_even_if_all_are_cut_off(tmp_path: Path, monkeypat
     assert clock.time <= 540 - MARGIN + 1e-6
     assert len(limits) == 3 and min(limits) > 60
     assert results(tmp_path) == {"parity": "passed", "benchmarks": "cut off", "tuner": "cut off"}
-
-
-def ended(pid: int) -> bool:
-    """Whether a killed process is gone within ten seconds: on a busy machine it dies when it next runs."""
-    for _ in range(100):
-        status = Path(f"/proc/{pid}/stat")
-        if not status.exists() or status.read_text().split()[2] == "Z":
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def test_a_phase_is_ended_at_its_limit_with_its_children_and_its_log_stays(tmp_path: Path) -> None:
