@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from realgeneral import RealGeneralPipeline
+from realgeneral.model.vae import fold_single_frame
 from tests.realgeneral.helpers.accelerate import reset_accelerate
 from tests.realgeneral.helpers.checkpoints import GEOMETRIES, save_checkpoint
+from tests.realgeneral.helpers.nano_like import save_nano_like, shorten_captions
 from tests.realgeneral.helpers.pictures import make_photo
 
 
@@ -67,3 +69,23 @@ def fresh_accelerate() -> Iterator[None]:
     reset_accelerate()
     yield
     reset_accelerate()
+
+
+@pytest.fixture(scope="session")
+def nano() -> RealGeneralPipeline:
+    """The packaged model with its adapter; tests only read it."""
+    pipe = RealGeneralPipeline.from_pretrained("nano", adapter="nano")
+    pipe.set_progress_bar_config(disable=True)
+    fold_single_frame(pipe.vae)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like nano's; tests only read it."""
+    return save_nano_like(tmp_path_factory.mktemp("assets"))
+
+
+@pytest.fixture
+def _captions_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten_captions(monkeypatch)

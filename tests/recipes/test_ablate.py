@@ -48,16 +48,6 @@ def test_what_is_left_out_is_not_trained(base: Path, tmp_path: Path, ablation: s
     assert all(tensor.any() for name, tensor in lora.items() if ".lora_B." in name)
 
 
-def test_ablation_settings() -> None:
-    """A trained part cannot be left out of an adapter to start from; an ablated run is not continued as another."""
-    with pytest.raises(UsageError, match="ablation must be 'none' with init_adapter"):
-        TrainConfig(init_adapter="nano", ablation="shared-adaln")
-    from realgeneral.settings.train import check_resumable
-
-    with pytest.raises(UsageError, match="ablation must be 'shared-adaln' as in the run to resume, got 'none'"):
-        check_resumable({"ablation": "shared-adaln"}, TrainConfig())
-
-
 def test_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The smallest run on nano: matched variants, a table, a continuation that trains nothing again."""
     arguments = ["--output", str(tmp_path), "--steps", "1", "--batch-size", "2", "--concepts", "2", "--sample-steps", "1"]

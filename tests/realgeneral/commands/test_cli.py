@@ -17,7 +17,6 @@ from realgeneral.commands import cli
 from realgeneral.commands.cli import main
 from realgeneral.model.adapter import CONDITION_FILE, save_adapter
 from realgeneral.model.adapter_info import adapter_info
-from realgeneral.settings.options import parse
 from tests.realgeneral.helpers.models import TASKS, trained_model
 from tests.realgeneral.helpers.pictures import bomb, make_photo
 
@@ -226,14 +225,6 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) 
 def test_wrong_options(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     """Every wrong option is one line that names it, with status 2."""
     assert message in fails(capsys, arguments, 2)
-
-
-def test_both_spellings_of_options(work: dict[str, str]) -> None:
-    """--batch-size and --batch_size are the same option."""
-    from realgeneral.settings.train import TrainConfig
-
-    for spelling in ("--batch-size", "--batch_size"):
-        assert parse(TrainConfig, "realgeneral train", [spelling, "3"]).batch_size == 3
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------------

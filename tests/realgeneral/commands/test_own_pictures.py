@@ -1,4 +1,4 @@
-"""The README's way with one's own pictures, command by command on nano, and prompts that are longer than its text window."""
+"""The README's way with one's own pictures, command by command on nano."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from pathlib import Path
 import pytest
 
 from realgeneral.commands.cli import main
-from realgeneral.errors import UsageError
-from realgeneral.generation.bases import load_for_data
-from realgeneral.prompts import cut_prompt
 from tests.realgeneral.helpers.pictures import make_photo
 
 CAPTION = "a photograph of a small red pot with a wooden lid that stands on a kitchen table in the morning sun, number "
@@ -59,16 +56,3 @@ def test_every_command_on_own_pictures(pictures: Path, tmp_path: Path, capsys: p
     assert not Path(table).exists()
     assert main([*evaluate, "--truncate-prompts"]) == 0
     assert json.loads(Path(table, "results.json").read_text())["count"] == 4
-
-
-def test_cut_prompts_are_those_of_the_stock_pipeline() -> None:
-    """The tokens that truncation keeps, whatever the words; what fits is left alone."""
-    tokenizer = load_for_data("nano").tokenizer
-    for prompt in (CAPTION, "naïve Früchte 水果 🦊 " * 9, "x" * 400, "   a  " * 40):
-        for window in (4, 16, 30):
-            cut = cut_prompt(tokenizer, prompt, window)
-            assert prompt.startswith(cut)
-            assert tokenizer(cut).input_ids == tokenizer(prompt, truncation=True, max_length=window).input_ids
-    assert cut_prompt(tokenizer, "red fox ", 16) == "red fox "
-    with pytest.raises(UsageError, match="truncate_prompts needs a tokenizer that reports character offsets"):
-        cut_prompt(object(), "red fox", 16)

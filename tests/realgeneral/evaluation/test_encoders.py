@@ -17,47 +17,36 @@ from realgeneral.evaluation.encoders import (
     label_of,
     to_uint8,
 )
-from tests.realgeneral.helpers.encoders_on_disk import save_clip, save_depth, save_dino, save_resnet
 from tests.realgeneral.helpers.pictures import make_photo
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("encoders")
-    save_clip(folder / "clip")
-    save_dino(folder / "dino")
-    save_resnet(folder / "resnet")
-    save_depth(folder / "depth")
-    return folder
-
-
-def test_clip(folder: Path) -> None:
+def test_clip(encoders: Path) -> None:
     """Unit features of one space for pictures of any size and prompts of any length, those of the stored model."""
-    clip = ClipEncoder(str(folder / "clip"), CPU)
+    clip = ClipEncoder(str(encoders / "clip"), CPU)
     pictures = [make_photo(40, 40, 0), make_photo(97, 33, 1)]
     images, texts = clip.images(pictures), clip.texts(["a cat", "a very long prompt " * 40])
     assert images.shape == texts.shape == (2, 16)
     torch.testing.assert_close(torch.cat([images, texts]).norm(dim=1), torch.ones(4))
     inputs = clip.processor(images=pictures, return_tensors="pt")
-    plain = CLIPModel.from_pretrained(folder / "clip")(**inputs, input_ids=torch.tensor([[0, 2, 1]])).image_embeds
+    plain = CLIPModel.from_pretrained(encoders / "clip")(**inputs, input_ids=torch.tensor([[0, 2, 1]])).image_embeds
     torch.testing.assert_close(images, plain)
     assert clip.label == "clip"
 
 
-def test_dino_is_the_class_token(folder: Path) -> None:
+def test_dino_is_the_class_token(encoders: Path) -> None:
     """Not the pooler's output, which is random in DINO's checkpoints."""
-    dino, photo = ImageEncoder(str(folder / "dino"), CPU, "dino"), make_photo()
-    plain = ViTModel.from_pretrained(folder / "dino").eval()(**dino.processor(images=[photo], return_tensors="pt"))
+    dino, photo = ImageEncoder(str(encoders / "dino"), CPU, "dino"), make_photo()
+    plain = ViTModel.from_pretrained(encoders / "dino").eval()(**dino.processor(images=[photo], return_tensors="pt"))
     torch.testing.assert_close(dino.encode([photo]), plain.last_hidden_state[:, 0])
     assert not torch.allclose(dino.encode([photo]), plain.pooler_output)
 
 
 @pytest.mark.parametrize(("name", "features"), [("dino", 32), ("resnet", 12), ("clip", 16)])
-def test_features_of_any_image_model(folder: Path, name: str, features: int) -> None:
+def test_features_of_any_image_model(encoders: Path, name: str, features: int) -> None:
     """Tokens, feature maps or CLIP: [B, D], the same from pictures and from uint8 tensors."""
-    encoder, photos = ImageEncoder(str(folder / name), CPU, "fid-features"), [make_photo(64, 64, i) for i in range(3)]
+    encoder, photos = ImageEncoder(str(encoders / name), CPU, "fid-features"), [make_photo(64, 64, i) for i in range(3)]
     assert encoder.encode(photos).shape == (3, features)
     assert encoder.num_features == features
     torch.testing.assert_close(encoder(to_uint8(photos)), encoder.encode(photos))
@@ -71,18 +60,18 @@ def test_efficientnet_needs_no_download() -> None:
     torch.testing.assert_close(features, efficientnet_features(images.float() / 255))
 
 
-def test_what_cannot_be_loaded(folder: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_loaded(encoders: Path, tmp_path: Path) -> None:
     """One line that names the option and the model."""
     with pytest.raises(Failure, match=f"clip must be the hub id or folder of a transformers model, got {tmp_path}: "):
         ClipEncoder(str(tmp_path), CPU)
     with pytest.raises(Failure, match="dino must be the hub id or folder of a transformers model, got no/such-model: "):
         ImageEncoder("no/such-model", CPU, "dino")
     with pytest.raises(UsageError, match="clip must be a model with image and text features, got ViTModel"):
-        ClipEncoder(str(folder / "dino"), CPU)
+        ClipEncoder(str(encoders / "dino"), CPU)
 
 
-def test_labels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels(encoders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder's own name, however it is written; a hub id as it is."""
-    monkeypatch.chdir(folder / "clip")
-    assert label_of(".") == label_of(str(folder / "clip") + "/") == "clip"
+    monkeypatch.chdir(encoders / "clip")
+    assert label_of(".") == label_of(str(encoders / "clip") + "/") == "clip"
     assert label_of("openai/clip-vit-base-patch32") == "openai/clip-vit-base-patch32"

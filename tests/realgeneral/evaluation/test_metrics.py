@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from realgeneral.evaluation.metrics import edge_f1, psnr, ssim
+from realgeneral.evaluation.metrics import bootstrap, edge_f1, psnr, retrieval_hits, ssim
+from realgeneral.nano.emoji import load_emoji
 from realgeneral.pictures import to_pixels
 from tests.realgeneral.helpers.pictures import make_photo
 
@@ -38,3 +41,32 @@ def test_edge_f1(images: torch.Tensor) -> None:
     assert (edge_f1(images.roll(1, dims=3)[..., 2:], images[..., 2:]) > 0.9).all()
     assert edge_f1(blank, images[:1]).item() == 0.0
     assert edge_f1(blank, blank).item() == 1.0
+
+
+def test_metrics_know_identity_and_difference() -> None:
+    """Each metric is perfect on equal pictures and clearly lower on another concept's."""
+    concepts = load_emoji("held_out")[:8]
+    truth = torch.stack([to_pixels(c.image("3d")) for c in concepts]) / 2 + 0.5
+    other = truth.roll(1, 0)
+    assert ssim(truth, truth).min() > 0.999 > ssim(other, truth).max()
+    assert psnr(other, truth).max() < 30
+    assert edge_f1(truth, truth).min() == 1.0
+    assert edge_f1(other, truth).mean() < 0.8
+    index = torch.arange(8)
+    assert retrieval_hits(truth, truth, index).mean() == 1.0
+    assert retrieval_hits(other, truth, index).mean() == 0.0
+    assert retrieval_hits(other, truth, index, top=8).mean() == 1.0
+
+
+def test_bootstrap_draws_groups() -> None:
+    """The interval of grouped values is that of their groups: repeats of one value add no certainty."""
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    alone = bootstrap(values, ["a", "b", "c", "d"])
+    repeated = bootstrap(values.repeat_interleave(5), [g for g in "abcd" for _ in range(5)])
+    assert alone == pytest.approx(repeated)
+    assert alone.mean == 2.5
+    assert alone.low is not None and alone.high is not None
+    # of the 256 equally likely draws 5 have a mean of at most 1.25 and 15 of at most 1.5; the same from above
+    assert (alone.low, alone.high) == (1.5, 3.5)
+    assert bootstrap(values, ["a"] * 4).low is None
+    assert not math.isnan(bootstrap(values[:1], ["a"]).mean)

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
 
 from realgeneral import RealGeneralPipeline
 from realgeneral.commands.cli import main
 from realgeneral.errors import Failure, UsageError
 from realgeneral.evaluation import generator as generation
-from realgeneral.evaluation.cases import Case
-from realgeneral.evaluation.encoders import ClipEncoder, ImageEncoder
 from realgeneral.evaluation.evaluate import evaluate
-from realgeneral.evaluation.generator import read_settings, weights_fingerprint
-from realgeneral.evaluation.metrics import bootstrap, frechet_distance
-from realgeneral.evaluation.scores import SpatialScorer, SubjectEncoders, SubjectScorer, summary
+from realgeneral.evaluation.generator import read_settings
 from realgeneral.model.adapter import save_adapter
 from realgeneral.model.adapter_info import adapter_info
 from realgeneral.model.lora import add_lora
@@ -29,11 +22,8 @@ from realgeneral.nano.emoji import caption, load_emoji
 from realgeneral.pictures import load_picture
 from realgeneral.settings.evaluate import EvaluateConfig
 from realgeneral.settings.train import LORA_TARGETS
-from realgeneral.tasks import get_task
 from tests.realgeneral.helpers.encoders_on_disk import save_clip, save_depth, save_dino
 from tests.realgeneral.helpers.pictures import make_photo
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -175,71 +165,6 @@ def test_interrupted_run(
     uninterrupted = tmp_path / "other"
     evaluate(replace(config, output=str(uninterrupted)))
     assert pictures_of(tmp_path) == pictures_of(uninterrupted)
-
-
-def test_fingerprint() -> None:
-    """Any network's weights, the adapter's too, make another fingerprint; reading it twice does not."""
-    pipe = RealGeneralPipeline.from_pretrained("nano", adapter="nano")
-    seen = {weights_fingerprint(pipe)}
-    assert weights_fingerprint(pipe) in seen
-    for network in (pipe.transformer.condition_embedding, pipe.transformer, pipe.vae, pipe.text_encoder):
-        with torch.no_grad():
-            next(network.parameters()).view(-1)[0] += 1
-        fingerprint = weights_fingerprint(pipe)
-        assert fingerprint not in seen
-        seen.add(fingerprint)
-
-
-def test_spatial_scores_of_known_pictures(folder: Path) -> None:
-    """The truth itself: distance 0, SSIM 1, F1 1; another method starts from nothing."""
-    photos = [make_photo(64, 64, i) for i in range(4)]
-    cases = [Case(str(i), "", make_photo, str(i)) for i in range(4)]
-    distance = frechet_distance(str(folder / "dino"), CPU)
-    worse = SpatialScorer(get_task("canny"), distance)
-    worse.update(cases, [Image.new("RGB", (64, 64))] * 4, photos)
-    bad = summary(worse, ["0", "1", "2", "3"])
-    same = SpatialScorer(get_task("canny"), distance)
-    for i in (0, 2):
-        same.update(cases[i : i + 2], photos[i : i + 2], photos[i : i + 2])
-    good = summary(same, ["0", "1", "2", "3"])
-    name = distance[0]
-    assert abs(good[name].mean) < 1e-3 * bad[name].mean
-    assert good["SSIM"].mean == pytest.approx(1, abs=1e-4)
-    assert good["edge F1, exact"].mean == 1
-    assert bad["edge F1, 1 px"].mean == 0
-
-
-def test_subject_scores_of_known_pictures(folder: Path, tmp_path: Path) -> None:
-    """Mean cosine over all references, cosine with the first, cosine with the prompt: the encoders' own numbers."""
-    photos = [make_photo(40, 40, i) for i in range(3)]
-    paths = [tmp_path / f"{i}.png" for i in range(3)]
-    for photo, path in zip(photos, paths, strict=True):
-        photo.save(path)
-    clip, dino = ClipEncoder(str(folder / "clip"), CPU), ImageEncoder(str(folder / "dino"), CPU, "dino")
-    scorer = SubjectScorer(SubjectEncoders(clip, dino))
-    case = Case("a", "a cat", make_photo, "a", "cat", tuple(paths))
-    scorer.update([case], [photos[1]], [photos[0]])
-    values = {name: x.item() for name, x in scorer.values().items()}
-    cosines = clip.images(photos) @ clip.images([photos[1]])[0]
-    assert values["CLIP-I (clip)"] == pytest.approx(cosines.mean().item(), abs=1e-5)
-    assert values["CLIP-I to the condition (clip)"] == pytest.approx(cosines[0].item(), abs=1e-5)
-    assert values["CLIP-T (clip)"] == pytest.approx((clip.texts(["a cat"])[0] @ clip.images([photos[1]])[0]).item(), abs=1e-5)
-    features = torch.nn.functional.normalize(dino.encode(photos), dim=1)
-    assert values["DINO (dino)"] == pytest.approx((features @ features[1]).mean().item(), abs=1e-5)
-
-
-def test_bootstrap_draws_groups() -> None:
-    """The interval of grouped values is that of their groups: repeats of one value add no certainty."""
-    values = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    alone = bootstrap(values, ["a", "b", "c", "d"])
-    repeated = bootstrap(values.repeat_interleave(5), [g for g in "abcd" for _ in range(5)])
-    assert alone == pytest.approx(repeated)
-    assert alone.mean == 2.5
-    assert alone.low is not None and alone.high is not None
-    # of the 256 equally likely draws 5 have a mean of at most 1.25 and 15 of at most 1.5; the same from above
-    assert (alone.low, alone.high) == (1.5, 3.5)
-    assert bootstrap(values, ["a"] * 4).low is None
-    assert not math.isnan(bootstrap(values[:1], ["a"]).mean)
 
 
 @pytest.mark.parametrize(

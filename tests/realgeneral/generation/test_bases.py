@@ -1,4 +1,4 @@
-"""Bases in parts: what is loaded, what is not, and fingerprints of files."""
+"""Bases in parts: what is loaded, what is not, fingerprints of files, and the kernels that were asked for."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from realgeneral.errors import Failure
-from realgeneral.generation.bases import fingerprints, lent, load_for_data, load_pipeline
+from realgeneral import RealGeneralPipeline
+from realgeneral.errors import Failure, UsageError
+from realgeneral.generation.bases import fingerprints, lent, load_for_data, load_pipeline, use_kernels
 from tests.realgeneral.helpers.checkpoints import tiny_text_encoder
+
+CPU = torch.device("cpu")
 
 
 def test_data_needs_no_weights(base: Path, tmp_path: Path) -> None:
@@ -92,3 +95,28 @@ def test_fingerprints_follow_the_files(bases: dict[str, Path], tmp_path: Path) -
     shutil.rmtree(tmp_path / "copy" / "vae")
     with pytest.raises(Failure, match="vae must hold the files of a model, found none"):
         fingerprints(str(tmp_path / "copy"))
+
+
+def test_reference_unless_asked(pipe: RealGeneralPipeline) -> None:
+    """Without the option the model runs on plain PyTorch."""
+    use_kernels(pipe.transformer, False, CPU)
+    assert pipe.transformer.impl == "reference"
+
+
+def test_missing_parts_are_named(pipe: RealGeneralPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without CUDA and interpreter, or without Triton, the error says what is missing, and the model stays as it was."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(UsageError, match="--fused-kernels cannot run here: impl='triton' needs CUDA tensors, got cpu tensors"):
+        use_kernels(pipe.transformer, True, CPU)
+    monkeypatch.setattr("rgkernels._impl.HAS_TRITON", False)
+    with pytest.raises(UsageError, match=r"--fused-kernels cannot run here: .*triton package, found none"):
+        use_kernels(pipe.transformer, True, CPU)
+    assert pipe.transformer.impl == "reference"
+
+
+def test_interpreter_counts(pipe: RealGeneralPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With TRITON_INTERPRET=1 kernels run on CPU tensors."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    use_kernels(pipe.transformer, True, CPU)
+    assert pipe.transformer.impl == "triton"

@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from realgeneral.settings.options import parse
-from realgeneral.settings.train import TrainConfig
 from realgeneral.training.models import ATTENTION_OPS, checkpointing
 from tests.realgeneral.helpers.models import make_inputs, run, trained_model
 
@@ -55,16 +53,3 @@ def test_selective_keeps_attention(base: Path, preset: str) -> None:
     for kind in ("full", "selective"):
         assert seen[kind][1].keys() == seen["none"][1].keys()
         assert all(torch.equal(g, seen[kind][1][name]) for name, g in seen["none"][1].items())
-
-
-def test_command_line() -> None:
-    """The flag alone still means full recomputation; True and False are what they were."""
-
-    def parsed(*arguments: str) -> str:
-        return str(parse(TrainConfig, "realgeneral train", list(arguments)).gradient_checkpointing)
-
-    assert parsed() == "none"
-    assert parsed("--gradient-checkpointing", "--steps", "3") == "full"
-    assert parsed("--gradient-checkpointing", "selective") == "selective"
-    assert TrainConfig(gradient_checkpointing=True).gradient_checkpointing == "full"
-    assert TrainConfig(gradient_checkpointing=False).gradient_checkpointing == "none"

@@ -1,4 +1,4 @@
-"""Noising and v-prediction: the identities that training relies on."""
+"""Noising, v-prediction and the loss: the identities that training relies on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 
-from realgeneral.training.objective import noised, sample_timesteps, v_target
+from realgeneral.training.objective import noised, sample_timesteps, v_loss, v_target
 
 
 def scheduler(folder: Path) -> CogVideoXDDIMScheduler:
@@ -43,3 +43,12 @@ def test_timesteps_are_uniform_and_repeatable() -> None:
     assert (one.min(), one.max()) == (0, 999)
     counts = torch.bincount(one // 100, minlength=10)
     assert (counts - 5000).abs().max() < 5 * 5000**0.5
+
+
+def test_loss_is_per_sample_in_float32() -> None:
+    """Mean over everything but the batch, in float32 whatever comes in."""
+    loss = v_loss(
+        torch.ones(2, 1, 4, 2, 2, dtype=torch.bfloat16), torch.tensor([0.0, 3.0]).view(2, 1, 1, 1, 1).expand(2, 1, 4, 2, 2)
+    )
+    assert loss.dtype == torch.float32
+    assert loss.tolist() == [1.0, 4.0]

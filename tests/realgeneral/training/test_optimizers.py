@@ -1,8 +1,9 @@
-"""Which optimizer, and what is said where it cannot be had."""
+"""Which optimizer, what is said where it cannot be had, and the learning rate."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from realgeneral.errors import UsageError
 from realgeneral.settings.train import TrainConfig
-from realgeneral.training.optimizers import make_optimizer
+from realgeneral.training.optimizers import learning_rate_factor, make_optimizer
 
 PARAMETERS = [nn.Parameter(torch.zeros(3))]
 
@@ -43,3 +44,16 @@ def test_eight_bits_choose_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
     for name, kind in (("adamw8bit", optim.AdamW8bit), ("paged-adamw8bit", optim.PagedAdamW8bit)):
         assert type(make_optimizer(TrainConfig(optimizer=name), PARAMETERS, torch.device("cuda"))) is kind
+
+
+def test_learning_rate_schedule(config: Callable[..., TrainConfig]) -> None:
+    """Linear warm-up to 1, then cosine to 0 or constant."""
+    cosine = config(steps=10, warmup_steps=4)
+    factors = [learning_rate_factor(cosine, step) for step in range(11)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4] == 1.0
+    assert factors[10] == pytest.approx(0.0)
+    assert factors[7] == pytest.approx(0.5)
+    assert factors[4:] == sorted(factors[4:], reverse=True)
+    constant = config(steps=10, warmup_steps=0, lr_schedule="constant")
+    assert {learning_rate_factor(constant, step) for step in range(10)} == {1.0}

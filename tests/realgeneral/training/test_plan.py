@@ -13,9 +13,10 @@ import pytest
 
 from realgeneral.errors import Failure, UsageError
 from realgeneral.generation.bases import load_for_data
+from realgeneral.settings.data import DataSettings
 from realgeneral.settings.train import TrainConfig
 from realgeneral.training import train as train_module
-from realgeneral.training.plan import Plan
+from realgeneral.training.plan import Plan, run_tasks
 from realgeneral.training.train import train
 from tests.realgeneral.helpers.datasets import picture, write_folder
 from tests.realgeneral.helpers.pictures import encoded, make_photo
@@ -119,3 +120,9 @@ def test_standard_buckets_of_each_base(bases: dict[str, Path], config: Callable[
 def test_other_geometries(bases: dict[str, Path], config: Callable[..., TrainConfig], geometry: str) -> None:
     """Sin-cos positions and two-frame patches take mixed sizes too."""
     assert math.isfinite(train(config("run", base=str(bases[geometry]), steps=4))["loss"])
+
+
+def test_default_tasks() -> None:
+    """Nano data has its six tasks, other data the paper's seven."""
+    assert len(run_tasks(DataSettings())) == 6
+    assert len(run_tasks(DataSettings(data="/folder"))) == 7

@@ -20,12 +20,8 @@ from PIL import Image
 from realgeneral import RealGeneralPipeline
 from realgeneral.errors import Failure, UsageError
 from realgeneral.model.adapter import read_adapter_info
-from realgeneral.settings.data import DataSettings
 from realgeneral.settings.train import LORA_TARGETS, TrainConfig
 from realgeneral.training import train as train_module
-from realgeneral.training.objective import v_loss
-from realgeneral.training.optimizers import learning_rate_factor
-from realgeneral.training.plan import run_tasks
 from realgeneral.training.progress import grids as samples
 from realgeneral.training.train import train
 from tests.realgeneral.helpers.checkpoints import tiny_transformer
@@ -373,31 +369,3 @@ def test_fused_kernels_without_a_gpu(config: Callable[..., TrainConfig]) -> None
     assert "CUDA" in last or "triton" in last
     assert "Traceback" not in done.stderr
     assert not (Path(config().output) / "checkpoints").exists()
-
-
-def test_learning_rate_schedule(config: Callable[..., TrainConfig]) -> None:
-    """Linear warm-up to 1, then cosine to 0 or constant."""
-    cosine = config(steps=10, warmup_steps=4)
-    factors = [learning_rate_factor(cosine, step) for step in range(11)]
-    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert factors[4] == 1.0
-    assert factors[10] == pytest.approx(0.0)
-    assert factors[7] == pytest.approx(0.5)
-    assert factors[4:] == sorted(factors[4:], reverse=True)
-    constant = config(steps=10, warmup_steps=0, lr_schedule="constant")
-    assert {learning_rate_factor(constant, step) for step in range(10)} == {1.0}
-
-
-def test_default_tasks() -> None:
-    """Nano data has its six tasks, other data the paper's seven."""
-    assert len(run_tasks(DataSettings())) == 6
-    assert len(run_tasks(DataSettings(data="/folder"))) == 7
-
-
-def test_loss_is_per_sample_in_float32() -> None:
-    """Mean over everything but the batch, in float32 whatever comes in."""
-    loss = v_loss(
-        torch.ones(2, 1, 4, 2, 2, dtype=torch.bfloat16), torch.tensor([0.0, 3.0]).view(2, 1, 1, 1, 1).expand(2, 1, 4, 2, 2)
-    )
-    assert loss.dtype == torch.float32
-    assert loss.tolist() == [1.0, 4.0]

@@ -1,4 +1,4 @@
-"""Sources beyond single files: shards, globs, column maps on every kind, undecoded sizes and hashes."""
+"""What a path is: data of every kind, shards, globs, column maps, and sizes and hashes without decoding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from realgeneral.data.rows import Picture
 from realgeneral.data.sources.open import open_source
 from realgeneral.errors import Failure, UsageError
-from tests.realgeneral.helpers.datasets import Rows, Writer, good_rows, picture, write_folder, write_parquet, write_tar
+from tests.realgeneral.helpers.datasets import WRITERS, Rows, Writer, good_rows, picture, write_folder, write_parquet, write_tar
 from tests.realgeneral.helpers.pictures import encoded, make_photo
 
 
@@ -123,3 +123,56 @@ def test_stamps_follow_the_files(tmp_path: Path) -> None:
     assert before == open_source(str(path)).stamp()
     (path / "target-0-0.png").write_bytes(picture(9) + b" ")
     assert open_source(str(path)).stamp() != before
+
+
+def test_rows_of_every_kind_of_source(write: Writer, tmp_path: Path) -> None:
+    """Folder, parquet and tar give the same rows: target, prompt, several conditions, task and subject."""
+    rows: Rows = [
+        {"target": picture(0), "prompt": "a red pot", "condition": [picture(5), picture(6)], "task": "canny", "subject": "pot"},
+        {"target": picture(1), "prompt": "blue cat", "condition": [picture(7), picture(8)], "task": None, "subject": None},
+    ]
+    source = open_source(write(tmp_path / "d", rows))
+    assert len(source) == 2
+    row = source.row(0, 0)
+    assert (row.prompt, row.task, row.subject, len(row.conditions)) == ("a red pot", "canny", "pot", 2)
+    assert row.target.tobytes() == make_photo(40, 24, 0).tobytes()
+    assert [c.tobytes() for c in row.conditions] == [make_photo(40, 24, i).tobytes() for i in (5, 6)]
+    assert source.row(1, 0).task is None
+
+
+def test_missing_and_unknown_data(tmp_path: Path) -> None:
+    """A missing path is a failure, an unknown kind of file a usage error."""
+    with pytest.raises(Failure, match="data must be an existing folder or file, got /nowhere"):
+        open_source("/nowhere")
+    (tmp_path / "rows.csv").write_text("a,b")
+    with pytest.raises(UsageError, match=r"data must be a folder, a .parquet or a .tar file, got .*rows.csv"):
+        open_source(str(tmp_path / "rows.csv"))
+
+
+def test_empty_data(tmp_path: Path) -> None:
+    """Nothing to train on is said at once, for every kind."""
+    (tmp_path / "empty").mkdir()
+    blank = tmp_path / "blank"
+    blank.mkdir()
+    (blank / "metadata.jsonl").write_text("\n\n")
+    with tarfile.open(tmp_path / "d.tar", "w"):
+        pass
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"target": pa.array([], pa.binary()), "prompt": pa.array([], pa.string())}), tmp_path / "d.parquet")
+    for path in ("empty", "blank", "d.tar", "d.parquet"):
+        with pytest.raises(Failure, match="data must hold at least one row, got none in"):
+            open_source(str(tmp_path / path))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+@pytest.mark.parametrize("defect", ["header", "data", "text", "empty"])
+def test_broken_containers(tmp_path: Path, kind: str, defect: str) -> None:
+    """A truncated or fake parquet or tar is one line that names it."""
+    path = Path(WRITERS[kind](tmp_path / "d", good_rows(3)))
+    data = path.read_bytes()
+    header, member = (5220, 4700) if kind == "tar" else (-6, len(data) // 2)
+    path.write_bytes({"header": data[:header], "data": data[:member], "text": b"hello\n" * 300, "empty": b""}[defect])
+    with pytest.raises(Failure, match=rf"must be a complete.* {kind} file, got"):
+        open_source(str(path))

@@ -181,3 +181,27 @@ def test_stamps(tmp_path: Path) -> None:
     parquet = write_parquet(tmp_path / "p", rows)
     for path in (str(tmp_path / "one"), parquet):
         assert open_source(path, ["target=target:left"]).stamp() != open_source(path).stamp()
+
+
+def test_huggingface_parquet(tmp_path: Path) -> None:
+    """Pictures as datasets writes them, {"bytes": ..., "path": ...}."""
+    rows = [{"target": {"bytes": picture(0), "path": None}, "prompt": "a", "condition": [{"bytes": picture(1), "path": "x"}]}]
+    row = open_source(write_parquet(tmp_path / "d", rows)).row(0, 0)
+    assert len(row.conditions) == 1
+
+
+def test_wrong_types_in_parquet(tmp_path: Path) -> None:
+    """Numbers or strings where pictures belong are bad rows."""
+    path = write_parquet(tmp_path / "d", [{"target": "file.png", "prompt": "a"}])
+    with pytest.raises(Failure, match=r"pictures in data.parquet must be bytes, got str"):
+        dataset(path, strict=True)[0]
+    path = write_parquet(tmp_path / "e", [{"target": {"path": "x"}, "prompt": "a"}])
+    with pytest.raises(Failure, match=r"pictures in data.parquet must be bytes, got NoneType"):
+        dataset(path, strict=True)[0]
+
+
+def test_parquet_without_the_columns(tmp_path: Path) -> None:
+    """The columns that are needed and those that are there."""
+    path = write_parquet(tmp_path / "d", [{"image": picture(0), "prompt": "a"}])
+    with pytest.raises(Failure, match=r"must have a column 'target', got \['image', 'prompt'\]"):
+        open_source(path)

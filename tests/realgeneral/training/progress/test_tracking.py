@@ -108,10 +108,3 @@ def test_wandb_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="--tracker wandb needs the package wandb, found none: pip install wandb"):
         check_tracker(TrainConfig(tracker="wandb"))
     check_tracker(TrainConfig(tracker="tensorboard"))
-
-
-def test_the_old_switch() -> None:
-    """--tensorboard means --tracker tensorboard, and contradicts another tracker."""
-    assert TrainConfig(tensorboard=True).tracker == "tensorboard"
-    with pytest.raises(UsageError, match="tracker must be tensorboard with --tensorboard, got wandb"):
-        TrainConfig(tensorboard=True, tracker="wandb")
