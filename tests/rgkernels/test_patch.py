@@ -8,7 +8,6 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
-from checkpoints import GEOMETRIES, TEXT_WINDOW, save_checkpoint, tiny_transformer
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
@@ -17,6 +16,7 @@ from peft import LoraConfig
 import rgkernels
 from rgkernels._patch import FusedCogVideoXBlock
 from rgkernels.testing import assert_within_reference_error, outputs_and_grads
+from tests.realgeneral.helpers.checkpoints import GEOMETRIES, TEXT_WINDOW, save_checkpoint, tiny_transformer
 
 FRAMES, HEIGHT, WIDTH = 4, 8, 12
 
