@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 from torch import Tensor
 
-from realgeneral.errors import UsageError
+from realgeneral.errors import Failure, UsageError
 from realgeneral.generation.guidance import Guidance
 from realgeneral.model.condition import ConditionCache
 
@@ -56,6 +57,56 @@ def check_steps(name: str, steps: int, scheduler: Any) -> None:
     most = scheduler.config.num_train_timesteps
     if not 1 <= steps <= most:
         raise UsageError(f"{name} must be between 1 and {most}, got {steps}")
+
+
+def check_parts(pipe: Any) -> None:
+    """The parts that every call needs."""
+    for name in ("transformer", "scheduler"):
+        if getattr(pipe, name) is None:
+            raise UsageError(f"{name} must be there to generate, got a pipeline without one")
+
+
+def check_scheduler(scheduler: Any, snr_shift_scale: float) -> None:
+    """A schedule that steps from v-predictions, with the shift that the base was trained with."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise UsageError(f"scheduler must have alphas, as CogVideoXDDIMScheduler has, got {name}")
+    if config.get("prediction_type") != "v_prediction":
+        raise UsageError(
+            f"scheduler must have prediction_type 'v_prediction', got {name} with {config.get('prediction_type')!r}"
+        )
+    own = float(config.get("snr_shift_scale", 1.0)) if name.startswith("CogVideoX") else 1.0
+    if own != snr_shift_scale:
+        raise UsageError(
+            f"scheduler must shift its alphas by the base's snr_shift_scale {snr_shift_scale:g}, got {name} with {own:g}; "
+            "CogVideoXDDIMScheduler and CogVideoXDPMScheduler can"
+        )
+
+
+def check_whole(**numbers: Any) -> None:
+    """Whole numbers, by the argument's name."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise UsageError(f"{name} must be a whole number, got {value!r}")
+
+
+def check_finite_images(images: Tensor, what: str) -> None:
+    """Failure if a picture would be black or noise: NaN and infinity are no pixels."""
+    if not torch.isfinite(images).all():
+        raise Failure(
+            f"{what} must be finite, got NaN or infinity: look at guidance scales, text features and the LoRA's scale"
+        )
+
+
+def generator_list(generator: Any, images: int) -> torch.Generator | list[torch.Generator] | None:
+    """One random state for all images, or a list with one for each."""
+    generators = list(generator) if isinstance(generator, list | tuple) else generator
+    every = generators if isinstance(generators, list) else [generators]
+    if generators is not None and not all(isinstance(one, torch.Generator) for one in every):
+        raise UsageError(f"generator must be a torch.Generator or a list of those, got {generator!r}")
+    if isinstance(generators, list) and len(generators) != images:
+        raise UsageError(f"generator must be one for all or one per image ({images}), got {len(generators)}")
+    return generators
 
 
 def check_at_least_one(name: str, count: int) -> None:
@@ -177,12 +228,22 @@ class Call:
         num_images_per_prompt: int,
         generator: Any,
         output_type: str,
+        attention_kwargs: dict[str, Any] | None,
         callback_on_step_end: Any,
         callback_on_step_end_tensor_inputs: Sequence[str],
         max_sequence_length: int | None,
     ) -> Call:
         """Check what `RealGeneralPipeline.__call__` was given, in its words; UsageError says what would fit."""
+        check_parts(pipe)
+        check_scheduler(pipe.scheduler, pipe.snr_shift_scale)
         prompts = prompt_list(prompt, prompt_embeds)
+        whole = {"num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt}
+        optional = {"height": height, "width": width, "max_sequence_length": max_sequence_length}
+        check_whole(**whole, **{name: value for name, value in optional.items() if value is not None})
+        if not isinstance(task, str):
+            raise UsageError(f"task must be a string, got {task!r}")
+        if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
+            raise UsageError(f'attention_kwargs must be {{"scale": LoRA scale}}, got {attention_kwargs!r}')
         size = pipe.image_size(height, width)
         negatives = as_list(negative_prompt, len(prompts))
         _check_prompts(prompts, negatives)
@@ -193,8 +254,7 @@ class Call:
         check_steps("num_inference_steps", num_inference_steps, pipe.scheduler)
         check_at_least_one("num_images_per_prompt", num_images_per_prompt)
         images = len(prompts) * num_images_per_prompt
-        if isinstance(generator, list) and len(generator) != images:
-            raise UsageError(f"generator must be one for all or one per image ({images}), got {len(generator)}")
+        generator = generator_list(generator, images)
         pipe.task_ids(task, 1)
         if condition is not None and condition_cache is not None:
             raise UsageError("condition and condition_cache must not both be given, got both")
@@ -208,5 +268,7 @@ class Call:
             cache = one_cache(condition_cache, len(prompts), pipe.transformer.geometry.grid(height, width))
         window = pipe.transformer.geometry.text_window if max_sequence_length is None else max_sequence_length
         check_at_least_one("max_sequence_length", window)
+        if window > (most := pipe.transformer.geometry.text_window):
+            raise UsageError(f"max_sequence_length must be at most the base's {most}, got {window}")
         guidance = Guidance(guidance_scale, image_guidance_scale)
         return cls(prompts, negatives, embeds, conditions, cache, task, size, guidance, images, generator, window, asked)

@@ -94,8 +94,11 @@ def load_pipeline(base: str, dtype: torch.dtype, **parts: Any) -> RealGeneralPip
         UsageError: The adapter among `parts` is for another base.
         Failure: Files are missing or damaged.
     """
+    adapter = parts.pop("adapter", None)
     with reading(base):
         pipe = RealGeneralPipeline.from_pretrained(base, dtype=dtype, **parts)
+    if adapter is not None:  # its faults are not the base's
+        pipe.load_adapter(adapter)
     pipe.transformer.images.fold(pipe.vae)
     for module in filter(None, (pipe.vae, pipe.text_encoder)):
         module.requires_grad_(False).eval()

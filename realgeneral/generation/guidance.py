@@ -29,11 +29,13 @@ class Guidance:
     image: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.image >= 1:
-            raise UsageError(f"image_guidance_scale must be at least 1, got {self.image}")
         for name, scale in (("guidance_scale", self.text), ("image_guidance_scale", self.image)):
+            if isinstance(scale, bool) or not isinstance(scale, int | float):
+                raise UsageError(f"{name} must be a number, got {scale!r}")
             if not math.isfinite(scale):
                 raise UsageError(f"{name} must be finite, got {scale}")
+        if not self.image >= 1:
+            raise UsageError(f"image_guidance_scale must be at least 1, got {self.image}")
         object.__setattr__(self, "text", max(self.text, 1.0))
 
     @property

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,13 +17,22 @@ from PIL import Image
 from torch import Tensor
 
 from realgeneral.errors import UsageError
-from realgeneral.generation.arguments import CALLBACK_INPUTS, Call, Conditions, condition_lists, subject_list
+from realgeneral.generation.arguments import (
+    CALLBACK_INPUTS,
+    Call,
+    Conditions,
+    check_finite_images,
+    check_parts,
+    condition_lists,
+    subject_list,
+)
 from realgeneral.generation.denoising import Conditioning, denoise
-from realgeneral.model.adapter import load_adapter
+from realgeneral.model.adapter import CONDITION_FILE, load_adapter
 from realgeneral.model.adapter_info import AdapterInfo
 from realgeneral.model.cogvideox import RealGeneralTransformer3DModel
 from realgeneral.model.condition import ConditionCache
 from realgeneral.model.presets import get_preset
+from realgeneral.model.vae import whole_tiles
 from realgeneral.nano.assets import resolve_base
 from realgeneral.pictures import fit_picture, to_pixels
 from realgeneral.prompts import pool_subject, subject_span_mask, token_count
@@ -56,10 +66,14 @@ class RealGeneralPipeline(CogVideoXPipeline):
         transformer: CogVideoXTransformer3DModel | RealGeneralTransformer3DModel,
         scheduler: Any,
     ) -> None:
-        if not isinstance(transformer, RealGeneralTransformer3DModel):
+        if transformer is not None and not isinstance(transformer, RealGeneralTransformer3DModel):
             transformer = RealGeneralTransformer3DModel.from_stock(transformer)
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
+        if vae is not None:
+            whole_tiles(vae)
         self.adapter: AdapterInfo | None = None
+        # of the base's own schedule, by which another scheduler is judged
+        self.snr_shift_scale = float(scheduler.config.get("snr_shift_scale", 1.0)) if scheduler is not None else 1.0
 
     @classmethod
     def from_pretrained(
@@ -97,6 +111,20 @@ class RealGeneralPipeline(CogVideoXPipeline):
         """Load an adapter folder (or "nano") into the transformer; see `realgeneral.model.adapter.load_adapter`."""
         self.adapter = load_adapter(self.transformer, adapter, preset=preset)
         return self.adapter
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, beside the LoRAs that are active; an adapter folder of ours is loaded whole, by `load_adapter`."""
+        given = pretrained_model_name_or_path_or_dict
+        if isinstance(given, str | os.PathLike) and (Path(given) / CONDITION_FILE).is_file():
+            if args or kwargs:
+                raise UsageError(f"an adapter of RealGeneral must be loaded without further arguments, got {args or kwargs}")
+            self.load_adapter(given)
+            return
+        had = self.transformer.active_adapters() if getattr(self.transformer, "peft_config", None) else []
+        super().load_lora_weights(given, *args, **kwargs)
+        if had:
+            new = [name for name in self.transformer.active_adapters() if name not in had]
+            self.transformer.set_adapters([*had, *new])
 
     @wraps(CogVideoXPipeline.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -163,7 +191,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
             condition_cache: From `encode_condition`, instead of `condition`; a list for images cached each on its own.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: Return `RealGeneralPipelineOutput` instead of a tuple.
-            attention_kwargs: {"scale": LoRA scale}.
+            attention_kwargs: {"scale": LoRA scale}, finite.
             callback_on_step_end: Called as in diffusers after each step; None from it changes nothing.
             callback_on_step_end_tensor_inputs: Tensors handed to the callback: "latents", in the order of the images, and
                 "prompt_embeds", [passes * images, T, E], the passes of guidance one after the other, the prompt's last.
@@ -173,7 +201,8 @@ class RealGeneralPipeline(CogVideoXPipeline):
             `RealGeneralPipelineOutput` (or a tuple): images, prompt-major.
 
         Raises:
-            UsageError: A size, task, subject or prompt does not fit; the message says what would.
+            UsageError: A size, task, subject, prompt, generator or scheduler does not fit; the message says what would.
+            Failure: The result is not finite: guidance, text features or a LoRA are out of all proportion.
         """
         call = Call.checked(
             self,
@@ -193,6 +222,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
             output_type=output_type,
+            attention_kwargs=attention_kwargs,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length,
@@ -209,10 +239,11 @@ class RealGeneralPipeline(CogVideoXPipeline):
             call.guidance,
             steps=num_inference_steps,
             images_per_prompt=num_images_per_prompt,
-            generator=generator,
+            generator=call.generator,
             callback=callback_on_step_end,
             callback_inputs=call.callback_inputs,
         )
+        check_finite_images(latents, "latents after denoising")
         result = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         return RealGeneralPipelineOutput(images=result) if return_dict else (result,)
@@ -242,6 +273,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
             width: Pixels.
             attention_kwargs: {"scale": LoRA scale}.
         """
+        check_parts(self)
         size = self.image_size(height, width)
         subject_embeds = None
         if subject is not None:
@@ -339,6 +371,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         # the last frame is the target (CogVideoX 1.5 denoises two copies); it is decoded alone
         pixels = self.transformer.images.decode(self.vae, latents[:, -1])
+        check_finite_images(pixels, "decoded pixels")
         return self.video_processor.postprocess(pixels.float(), output_type=output_type)
 
     def image_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:

@@ -193,10 +193,29 @@ def save_adapter(
         folder: Created if missing.
         info: From `adapter_info`.
         dtype: Dtype on disk, None = as trained.
+
+    Raises:
+        UsageError: `info` is that of another model: what is written would not load.
+        Failure: A number is not finite, or the folder cannot be written.
     """
+    _check_info(transformer, info)
     lora, config, branch = adapter_tensors(transformer)
     lora, branch = ({name: x.to(dtype or x.dtype) for name, x in part.items()} for part in (lora, branch))
     write_adapter(AdapterTensors(lora, config, branch), folder, info)
+
+
+def _check_info(transformer: RealGeneralTransformer3DModel, info: AdapterInfo) -> None:
+    lora = transformer.peft_config["default"]
+    own = {
+        "tasks": list(transformer.config.tasks),
+        "preset": transformer.config.preset,
+        "rank": lora.r,
+        "alpha": float(lora.lora_alpha),
+    }
+    given = {"tasks": list(info.task_names), "preset": info.preset, "rank": info.rank, "alpha": float(info.alpha)}
+    for name, value in own.items():
+        if given[name] != value:
+            raise UsageError(f"info must have the {name} of the transformer, {value!r}, got {given[name]!r}")
 
 
 def write_adapter(tensors: AdapterTensors, folder: str | os.PathLike[str], info: AdapterInfo) -> None:

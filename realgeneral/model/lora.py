@@ -58,21 +58,35 @@ def mark_trainable(transformer: RealGeneralTransformer3DModel) -> list[nn.Parame
 
 @torch.no_grad()
 def merge_lora(transformer: RealGeneralTransformer3DModel) -> None:
-    """Add the LoRA into the base weights, so that it costs nothing at inference; the originals are kept on the CPU."""
+    """Add the active LoRA into the base weights, so that it takes no time at inference; the originals are kept on the CPU."""
     for layer in lora_layers(transformer):
         if not layer.merged:
+            _restore(layer)  # PEFT has unmerged it in the meantime, with rounding
             layer.unmerged_weight = layer.get_base_layer().weight.detach().to("cpu", copy=True)
             layer.merge()
 
 
 @torch.no_grad()
 def unmerge_lora(transformer: RealGeneralTransformer3DModel) -> None:
-    """Undo `merge_lora` bit for bit (PEFT's own unmerge subtracts, which rounds)."""
-    for layer in lora_layers(transformer):
-        if layer.merged:
-            layer.get_base_layer().weight.copy_(layer.unmerged_weight)
-            layer.merged_adapters.clear()
-            del layer.unmerged_weight
+    """Undo `merge_lora` bit for bit, whatever PEFT did to the layers since (its own unmerge subtracts, which rounds).
+
+    Raises:
+        UsageError: The LoRA was merged otherwise, by `fuse_lora` for example: nobody has the weights of before.
+    """
+    layers = lora_layers(transformer)
+    if any(layer.merged and not hasattr(layer, "unmerged_weight") for layer in layers):
+        raise UsageError(
+            "transformer must have been merged by merge_lora to be unmerged, got a LoRA of fuse_lora: unfuse_lora()"
+        )
+    for layer in layers:
+        _restore(layer)
+
+
+def _restore(layer: Any) -> None:
+    if hasattr(layer, "unmerged_weight"):
+        layer.get_base_layer().weight.copy_(layer.unmerged_weight)
+        layer.merged_adapters.clear()
+        del layer.unmerged_weight
 
 
 def lora_layers(transformer: RealGeneralTransformer3DModel) -> list[Any]:

@@ -10,9 +10,10 @@ F latent frames of an image, C latent channels, h and w latent sides.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -28,6 +29,30 @@ from realgeneral.model.presets import condition_names, get_preset, joint_layout,
 from realgeneral.tasks import DEFAULT_TASKS
 from rgkernels.cogvideox import KeyValue, Rotary, finish
 from rgkernels.segments import SegmentLayout
+
+
+def lora_scaled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """diffusers' `apply_lora_scale`, for a scale that can be taken back again.
+
+    Raises:
+        ValueError: A scale that is not finite, which would stay in the layers for good, or that has no effect.
+    """
+    scaled = apply_lora_scale("attention_kwargs")(function)
+
+    @wraps(function)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("attention_kwargs")
+        if given:
+            if not isinstance(given, dict) or set(given) != {"scale"}:
+                raise ValueError(f'attention_kwargs must be {{"scale": LoRA scale}}, got {given!r}')
+            scale = given["scale"]
+            if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+                raise ValueError(f"LoRA scale must be a finite number, got {scale!r}")
+            if scale != 1 and any(getattr(module, "merged_adapters", None) for module in self.modules()):
+                raise ValueError(f"LoRA scale must be 1 once the LoRA is merged, got {scale}: unmerge_lora() first")
+        return scaled(self, *args, **kwargs)
+
+    return call
 
 
 class Images(NamedTuple):
@@ -237,6 +262,12 @@ class RealGeneralMixin(ModelMixin):  # type: ignore[misc]
             )
         super().fuse_qkv_projections()
 
+    def set_adapters(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, but ValueError after `merge_lora`, when weights and choice of adapters would have no effect."""
+        if any(getattr(module, "merged_adapters", None) for module in self.modules()):
+            raise ValueError("transformer must have no merged LoRA to choose adapters, got one: unmerge_lora() first")
+        super().set_adapters(*args, **kwargs)
+
     def check_no_lora(self) -> None:
         """ValueError if there is a LoRA, which `save_pretrained` cannot write."""
         if getattr(self, "peft_config", None):
@@ -248,7 +279,7 @@ class RealGeneralMixin(ModelMixin):  # type: ignore[misc]
     # --- the method ------------------------------------------------------------------------------------------------------
 
     @apply_forward_hook
-    @apply_lora_scale("attention_kwargs")
+    @lora_scaled
     def embed(
         self,
         encoder_hidden_states: Tensor,
@@ -289,7 +320,7 @@ class RealGeneralMixin(ModelMixin):  # type: ignore[misc]
         tokens = self.tokens(latents.repeat_interleave(self.geometry.frames_per_image, dim=1), frames)
         return tokens + self.condition_embedding(task_ids, subject_embeds)[:, None].to(tokens.dtype)
 
-    @apply_lora_scale("attention_kwargs")
+    @lora_scaled
     def predict(
         self,
         latents: Tensor,
@@ -384,7 +415,7 @@ class RealGeneralMixin(ModelMixin):  # type: ignore[misc]
         return residual, branch, gate[:, rows.index("target"), None]
 
     @apply_forward_hook
-    @apply_lora_scale("attention_kwargs")
+    @lora_scaled
     def encode_condition(
         self,
         condition_latents: Tensor,

@@ -83,6 +83,27 @@ def fold_single_frame(vae: AutoencoderKLCogVideoX) -> AutoencoderKLCogVideoX:
     return vae
 
 
+def whole_tiles(vae: AutoencoderKLCogVideoX) -> None:
+    """Make tiles of whole latent pixels that overlap by whole ones, in place: otherwise pictures change size with diffusers.
+
+    CogVideoX's own tiles (30 x 45 latent pixels, which overlap by 1/6 and 1/5) stay as they are.
+    """
+    ratio = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    for side in ("height", "width"):
+        latents = max(2, getattr(vae, f"tile_latent_min_{side}"))
+        pixels = latents * ratio
+        setattr(vae, f"tile_latent_min_{side}", latents)
+        setattr(vae, f"tile_sample_min_{side}", pixels)
+        share = getattr(vae, f"tile_overlap_factor_{side}")
+        for overlap in (share, *(n / latents for n in range(max(1, round(latents * share)), latents))):
+            # as diffusers rounds them: the step between tiles, and what is kept of each
+            steps = int(latents * (1 - overlap)) * ratio, int(pixels * (1 - overlap))
+            kept = pixels - int(pixels * overlap), (latents - int(latents * overlap)) * ratio
+            if steps == kept:
+                setattr(vae, f"tile_overlap_factor_{side}", overlap)
+                break
+
+
 def encode_images(
     vae: AutoencoderKLCogVideoX,
     pixels: Tensor,

@@ -111,6 +111,8 @@ class TrainConfig(DataSettings):
             raise UsageError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
         if not self.learning_rate > 0:
             raise UsageError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.learning_rate > 1e10:  # AdamW moves each weight by about the rate, and float32 ends at 3e38
+            raise UsageError(f"learning_rate must be at most 1e10, got {self.learning_rate}")
         if self.task_weights and len(self.task_weights) != len(self.tasks):
             raise UsageError(f"task_weights must have one entry per task ({len(self.tasks)}), got {len(self.task_weights)}")
         if self.task_weights and (min(self.task_weights) < 0 or not sum(self.task_weights) > 0):

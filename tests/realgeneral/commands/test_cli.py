@@ -177,6 +177,7 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) 
         (["train", "stray"], "stray"),
         (["train", "--steps", "0"], "steps must be at least 1, got 0"),
         (["train", "--learning-rate", "0"], "learning_rate must be positive, got 0.0"),
+        (["train", "--learning-rate", "3e38"], "learning_rate must be at most 1e10, got 3e+38"),
         (["train", "--text-dropout", "2"], "text_dropout must be between 0 and 1, got 2.0"),
         (["train", "--num-workers", "-1"], "num_workers must not be negative, got -1"),
         (["train", "--tasks", "canny", "--task-weights", "1", "2"], "task_weights must have one entry per task (1), got 2"),

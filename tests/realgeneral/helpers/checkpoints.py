@@ -41,7 +41,7 @@ def tiny_transformer(geometry: str, seed: int = 0, **changes: object) -> CogVide
     return model
 
 
-def tiny_vae(seed: int = 0) -> AutoencoderKLCogVideoX:
+def tiny_vae(seed: int = 0, **changes: int) -> AutoencoderKLCogVideoX:
     """A VAE with 8x spatial and 4x temporal compression, as the real ones."""
     torch.manual_seed(seed)
     return AutoencoderKLCogVideoX(
@@ -53,6 +53,7 @@ def tiny_vae(seed: int = 0) -> AutoencoderKLCogVideoX:
         norm_num_groups=2,
         temporal_compression_ratio=4,
         scaling_factor=0.7,
+        **changes,
     ).eval()
 
 

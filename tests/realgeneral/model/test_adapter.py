@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import CogVideoXPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -165,7 +170,9 @@ def test_unknown_lora_target(bases: dict[str, Path]) -> None:
 
 def test_metadata_round_trip(bases: dict[str, Path], tmp_path: Path) -> None:
     """Everything that must agree travels in the file; options of tasks too."""
-    save(bases["5b"], tmp_path / "a", specs=("deblurring:radius=16", "canny:low=50,high=90"))
+    model, specs = trained(bases["5b"]), ("deblurring:radius=16", "canny:low=50,high=90")
+    model.register_to_config(tasks=("deblurring", "canny"))
+    save_adapter(model, tmp_path / "a", adapter_info(model, specs, str(bases["5b"])))
     info = read_adapter_info(tmp_path / "a")
     assert info.tasks == ("deblurring:radius=16.0", "canny:low=50,high=90")
     assert info.task_names == ("deblurring", "canny")
@@ -438,3 +445,157 @@ def test_another_base_of_the_same_geometry_is_refused(bases: dict[str, Path], tm
             parameter.mul_(1.001)
     load_adapter(tuned, tmp_path / "a")
     load_adapter(fresh(bases["5b"]).to(torch.bfloat16), tmp_path / "a")
+
+
+# --- damage that only bits show ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [LORA_FILE, CONDITION_FILE])
+def test_flipped_bits_are_noticed(bases: dict[str, Path], saved: Path, name: str) -> None:
+    """Wherever a bit of a file is flipped, loading is refused in one line that names a file, or gives the very same."""
+    content, model = (saved / name).read_bytes(), fresh(bases["5b"])
+    header = 8 + int.from_bytes(content[:8], "little")
+    rng = random.Random(0)
+    places = [rng.randrange(header * 8) for _ in range(20)] + [rng.randrange(header * 8, len(content) * 8) for _ in range(20)]
+    before, config = snapshot(model), {"tasks": tuple(model.config.tasks), "preset": model.config.preset}
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << place % 8
+        (saved / name).write_bytes(damaged)
+        with pytest.raises((Failure, UsageError)) as caught:
+            load_adapter(model, saved)
+        assert "\n" not in str(caught.value)
+        assert_unharmed(model, before, config)
+    (saved / name).write_bytes(content)
+    load_adapter(model, saved)
+
+
+def test_files_without_digests_have_the_mark_of_their_pair(bases: dict[str, Path], saved: Path) -> None:
+    """The mark of version 0.1 is not only compared: the LoRA's bits must be those that it was made of."""
+    path = saved / LORA_FILE
+    name, tensor = next(iter(load_file(path).items()))
+    changed = tensor.clone()
+    changed[0, 0] += 1
+    rewrite(path, {DIGEST_KEY: None}, **{name: changed})
+    with pytest.raises(Failure, match=f"{LORA_FILE} must hold what was written, got other bits"):
+        load_adapter(fresh(bases["5b"]), saved)
+
+
+@pytest.mark.parametrize(("name", "value"), [(LORA_FILE, math.nan), (CONDITION_FILE, math.inf)])
+def test_numbers_that_are_not_finite(bases: dict[str, Path], saved: Path, name: str, value: float) -> None:
+    """Neither read nor written: the first tensor is named, and what was there stays."""
+    key, tensor = next(iter(load_file(saved / name).items()))
+    poisoned = tensor.clone()
+    poisoned.view(-1)[3] = value
+    content = (saved / name).read_bytes()
+    rewrite(saved / name, {DIGEST_KEY: None, PAIR_KEY: None}, **{key: poisoned})
+    with pytest.raises(Failure, match=f"{name} must hold finite numbers, got {value} in {key}"):
+        load_adapter(fresh(bases["5b"]), saved)
+    (saved / name).write_bytes(content)
+    model = trained(bases["5b"])
+    info = adapter_info(model, SPECS, "x")
+    with torch.no_grad():
+        own = dict(model.named_parameters())
+        own["condition_embedding.subject.weight"][0, 0] = value
+    with pytest.raises(Failure, match=f"adapter must hold finite numbers, got {value} in condition_embedding.subject.weight"):
+        save_adapter(model, saved, info)
+    assert (saved / name).read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("use_rslora", True, "use_rslora at its default False, got True"),
+        ("use_dora", True, "use_dora at its default False, got True"),
+        ("alpha_pattern", {"to_q": 1}, r"alpha_pattern at its default {}, got {'to_q': 1}"),
+        ("rank_pattern", {"to_q": 1}, r"rank_pattern at its default {}, got"),
+        ("of_a_newer_peft", 3, "of_a_newer_peft at its default None, got 3"),
+        ("target_modules", "all-linear", "must hold PEFT's settings in its metadata"),
+    ],
+)
+def test_foreign_settings_of_a_lora(bases: dict[str, Path], saved: Path, setting: str, value: Any, message: str) -> None:
+    """What changes a layer's numbers is refused by name, not left out or applied without a word."""
+    with safe_open(saved / LORA_FILE, "pt") as file:
+        settings = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
+    settings[f"transformer.{setting}"] = value
+    rewrite(saved / LORA_FILE, {LORA_ADAPTER_METADATA_KEY: json.dumps(settings), DIGEST_KEY: None})
+    with pytest.raises(Failure, match=message):
+        load_adapter(fresh(bases["5b"]), saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ("depth", "colouring")}, r"info must have the tasks of the transformer, \['canny', 'colouring'\], got"),
+        ({"preset": "paper"}, "info must have the preset of the transformer, 'cached', got 'paper'"),
+        ({"rank": 9}, f"info must have the rank of the transformer, {RANK}, got 9"),
+    ],
+)
+def test_info_of_another_model(bases: dict[str, Path], saved: Path, changes: dict[str, Any], message: str) -> None:
+    """What nothing could load is not written."""
+    model, content = trained(bases["5b"]), (saved / LORA_FILE).read_bytes()
+    info = dataclasses.replace(adapter_info(model, SPECS, "x"), **changes)
+    with pytest.raises(UsageError, match=message):
+        save_adapter(model, saved, info)
+    assert (saved / LORA_FILE).read_bytes() == content
+
+
+# --- merging, whatever else is done to the LoRA --------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged")
+@pytest.mark.parametrize("between", ["disable", "unfuse", "another", "twice"])
+def test_unmerge_restores_after_anything(bases: dict[str, Path], saved: Path, between: str) -> None:
+    """PEFT may have unmerged in between, with rounding: every base weight is what it was, bit for bit."""
+    model = fresh(bases["5b"])
+    load_adapter(model, saved)
+    before = {name: tensor for name, tensor in snapshot(model).items() if "lora" not in name}
+    merge_lora(model)
+    if between == "disable":
+        model.disable_lora()
+    elif between == "unfuse":
+        model.unfuse_lora()
+    elif between == "another":
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="other")
+        model.set_adapter("other")
+    else:
+        model.disable_lora()
+        model.enable_lora()
+        merge_lora(model)
+    unmerge_lora(model)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_what_merging_takes_away_is_refused(bases: dict[str, Path], saved: Path) -> None:
+    """A LoRA that is fused otherwise; weights, choice and scale of a merged one."""
+    model = fresh(bases["5b"])
+    load_adapter(model, saved)
+    model.fuse_lora()
+    with pytest.raises(UsageError, match="must have been merged by merge_lora"):
+        unmerge_lora(model)
+    model.unfuse_lora()
+    merge_lora(model)
+    with pytest.raises(ValueError, match="must have no merged LoRA to choose adapters"):
+        model.set_adapters("default", 0.5)
+    x, model = make_inputs(model, (4, 6)), model.double()
+    arguments = {"condition_latents": x.conditions, "task_ids": x.task_ids}
+    with pytest.raises(ValueError, match=r"LoRA scale must be 1 once the LoRA is merged, got 0\.5"):
+        model(x.target, x.text, x.timestep, **arguments, attention_kwargs={"scale": 0.5})
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, "1", True])
+def test_wrong_scales_leave_the_model_alone(bases: dict[str, Path], saved: Path, scale: Any) -> None:
+    """A scale that cannot be taken back is refused before it reaches a layer."""
+    model = fresh(bases["5b"])
+    load_adapter(model, saved)
+    x, model = make_inputs(model, (4, 6)), model.double()
+    arguments = {"condition_latents": x.conditions, "task_ids": x.task_ids}
+    with torch.no_grad():
+        wanted = model(x.target, x.text, x.timestep, **arguments).sample
+        with pytest.raises(ValueError, match="LoRA scale must be a finite number"):
+            model(x.target, x.text, x.timestep, **arguments, attention_kwargs={"scale": scale})
+        with pytest.raises(ValueError, match="attention_kwargs must be"):
+            model(x.target, x.text, x.timestep, **arguments, attention_kwargs={"skale": 1})
+        assert torch.equal(model(x.target, x.text, x.timestep, **arguments).sample, wanted)

@@ -10,7 +10,8 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 
-from realgeneral.model.vae import decode_latents, encode_images, fold_single_frame
+from realgeneral import RealGeneralPipeline
+from realgeneral.model.vae import decode_latents, encode_images, fold_single_frame, whole_tiles
 from tests.realgeneral.helpers.checkpoints import tiny_vae
 
 
@@ -76,3 +77,30 @@ def test_errors(vae: AutoencoderKLCogVideoX, bases: dict[str, Path]) -> None:
         fold_single_frame(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="a folded VAE takes one frame at a time, got 5 frames"):
         fold_single_frame(vae).encode(torch.zeros(1, 3, 5, 16, 16, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("sides", [(64, 64), (96, 160), (480, 720), (40, 72)])
+def test_tiling_keeps_sizes(sides: tuple[int, int]) -> None:
+    """Whatever the VAE's own size, pictures larger than a tile come back as large as they were; CogVideoX's tiles stay."""
+    vae = tiny_vae(sample_height=sides[0], sample_width=sides[1])
+    stock = (vae.tile_overlap_factor_height, vae.tile_overlap_factor_width)
+    whole_tiles(vae)
+    if sides == (480, 720):
+        assert (vae.tile_overlap_factor_height, vae.tile_overlap_factor_width) == stock
+        vae.enable_tiling(tile_sample_min_height=48, tile_sample_min_width=80)
+    else:
+        vae.enable_tiling()
+    for size in ((64, 96), (96, 64), (104, 112)):
+        pixels = torch.zeros(1, 3, *size)
+        with torch.no_grad():
+            latents = encode_images(vae, pixels)
+            assert latents.shape[2:] == (size[0] // 8, size[1] // 8)
+            assert decode_latents(vae, latents).shape == pixels.shape
+
+
+def test_nano_with_tiles() -> None:
+    """nano's tiles are of eight latent pixels, of which a sixth is none."""
+    pipe = RealGeneralPipeline.from_pretrained("nano")
+    pipe.vae.enable_tiling()
+    with torch.no_grad():
+        assert decode_latents(pipe.vae, torch.zeros(1, 8, 24, 32)).shape == (1, 3, 96, 128)

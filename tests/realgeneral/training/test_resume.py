@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -17,7 +18,8 @@ import pytest
 import torch
 
 from realgeneral.errors import Failure, UsageError
-from realgeneral.model.adapter import CONDITION_FILE, LORA_FILE
+from realgeneral.files import locked
+from realgeneral.model.adapter import CONDITION_FILE, LORA_FILE, AdapterTensors
 from realgeneral.settings.train import TrainConfig
 from realgeneral.training import checkpoint
 from realgeneral.training import train as train_module
@@ -431,3 +433,98 @@ def logged(made: TrainConfig) -> int:
     """Steps in the log at this moment."""
     log = Path(made.output) / "metrics.jsonl"
     return log.read_text().count("\n") if log.is_file() else 0
+
+
+# --- damaged files, useless numbers, two runs of one folder --------------------------------------------------------------
+
+
+def test_flipped_bits_of_a_checkpoint(config: Callable[..., TrainConfig]) -> None:
+    """Wherever a bit of any of its files is flipped, resuming is refused in one line; with the bit back it goes on."""
+    train(config(steps=2))
+    folder = Path(config().output) / "checkpoints" / "step-000002"
+    rng, resumed = random.Random(0), config(steps=2, resume=True)
+    for name in sorted(path.name for path in folder.iterdir()):
+        content = (folder / name).read_bytes()
+        for place in (rng.randrange(len(content) * 8) for _ in range(12)):
+            damaged = bytearray(content)
+            damaged[place // 8] ^= 1 << place % 8
+            (folder / name).write_bytes(damaged)
+            with pytest.raises((Failure, UsageError)) as caught:
+                checkpoint.start_or_resume(resumed, Path(resumed.output))
+            assert "\n" not in str(caught.value)
+        (folder / name).write_bytes(content)
+    assert checkpoint.start_or_resume(resumed, Path(resumed.output)) == folder
+
+
+def test_a_checkpoint_of_version_0_1_has_no_digests(config: Callable[..., TrainConfig]) -> None:
+    """It goes on as before."""
+    first = train(config(steps=2))
+    (Path(config().output) / "checkpoints" / "step-000002" / checkpoint.DIGESTS_FILE).unlink()
+    assert train(config(steps=2, resume=True))["loss"] == first["loss"]
+
+
+def test_a_file_that_vanishes_is_not_called_damaged(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process dropped the checkpoint between listing and reading: nobody is told to remove a good one."""
+    train(config(steps=2))
+    folder = Path(config().output) / "checkpoints" / "step-000002"
+    monkeypatch.setattr(checkpoint, "checkpoints", lambda output: [folder])
+    shutil.move(folder / checkpoint.STATE_FILE, folder.parent)
+    with pytest.raises(Failure, match=r"training_state.pt must stay while it is read, got a file that is gone") as caught:
+        checkpoint.start_or_resume(config(steps=2, resume=True), Path(config().output))
+    assert "remove" not in str(caught.value)
+
+
+def test_weights_that_are_no_numbers_are_not_written(config: Callable[..., TrainConfig]) -> None:
+    """A rate that throws the weights out of all bounds: the message names the last sane step, and nothing useless is kept."""
+    constant = {"lr_schedule": "constant", "output": "run"}
+    train(config(steps=2, **constant))
+    output = Path(config().output)
+    with pytest.raises(Failure, match=r"nothing was written; the newest checkpoint is step-000002|, earlier checkpoints are"):
+        train(config(steps=4, resume=True, learning_rate=1e10, **constant))
+    kept = checkpoint.checkpoints(output)
+    assert [path.name for path in kept] == ["step-000002"]
+    assert all(torch.isfinite(tensor).all() for folder in (kept[-1], output / "adapter") for tensor in weights(folder).values())
+
+
+@pytest.mark.parametrize("part", ["weight", "average", "optimizer"])
+def test_the_last_check_sees_every_number(config: Callable[..., TrainConfig], tmp_path: Path, part: str) -> None:
+    """Each part of a checkpoint is looked at before it is written; without an earlier one that is said."""
+    bad, good = torch.tensor([1.0, math.nan]), torch.ones(2)
+    adapter = AdapterTensors({"a": bad if part == "weight" else good}, {}, {})
+    state: dict[str, Any] = {
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": bad if part == "optimizer" else good}}},
+        "ema": {"shadow_params": [bad if part == "average" else good]},
+    }
+    with pytest.raises(Failure, match=r"got nan in .* after step 3, and nothing was written; there is no checkpoint yet"):
+        checkpoint.check_training_state(tmp_path, 3, adapter, state)
+
+
+def test_two_runs_of_one_folder(config: Callable[..., TrainConfig]) -> None:
+    """The second is refused before it does anything, with the process that holds the folder; afterwards it may."""
+    made = config(steps=2)
+    Path(made.output).mkdir(parents=True)
+    with locked(made.output):
+        before = sorted(Path(made.output).rglob("*"))
+        with pytest.raises(Failure, match=f"must be written by one process at a time, but process {os.getpid()} on .* holds"):
+            train(made)
+        assert sorted(Path(made.output).rglob("*")) == before
+    train(made)
+    assert not list(Path(made.output).glob(".*"))
+
+
+def test_another_run_has_begun_meanwhile(config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two started together on a new folder, one of them slow: it does not write over what the other one made."""
+    original = train_module.load_models
+
+    def slow(settings: TrainConfig, device: torch.device) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(train_module, "load_models", original)
+            train(config(steps=2))
+        return original(settings, device)
+
+    monkeypatch.setattr(train_module, "load_models", slow)
+    with pytest.raises(Failure, match="in which another run has begun meanwhile"):
+        train(config(steps=4))
+    assert [path.name for path in checkpoint.checkpoints(Path(config().output))] == ["step-000002"]
