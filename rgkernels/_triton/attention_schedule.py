@@ -39,6 +39,13 @@ class Problem(NamedTuple):
         """Sq, the number of query rows."""
         return sum(self.lengths[g] for g in self.rows)
 
+    @property
+    def num_scores(self) -> int:
+        """Visible (query, key) pairs of one head."""
+        pairs = set(zip(self.blocked[::2], self.blocked[1::2], strict=True))
+        seen = [sum(length for g, length in enumerate(self.lengths) if (row, g) not in pairs) for row in self.rows]
+        return sum(self.lengths[row] * length for row, length in zip(self.rows, seen, strict=True))
+
 
 class Schedule(NamedTuple):
     """Tiles and their ranges on the device.
