@@ -3,7 +3,7 @@
 Patching swaps the class of each transformer block and sets two hooks on the model: modules, parameters, state-dict keys, LoRA
 layers and their names stay what they are. A patched block takes and returns diffusers' two streams. Inside one pass of the
 model, two neighbours that nothing watches go without them: the joint sequence goes over as one tensor, with the feed-forward
-branch still to be added (`_Pending`). Before every pass the model's hook finds these neighbours (`_plan`), so that hooks, caches
+branch still to be added (`_Pending`). Before every pass the model's hook finds these neighbours (`_plan`): so hooks, caches
 and changes of the list of blocks have their effect whenever they come.
 """
 
