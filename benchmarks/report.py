@@ -81,7 +81,7 @@ def _rate(row: Row) -> str:
 
 def read_predictions(folder: Path) -> tuple[str, dict[tuple[str, ...], Row]]:
     """The newest committed predictions: file name, and rows by (op, mode, shape, dtype)."""
-    files = sorted(folder.glob("*-predicted-h100.json"))
+    files = sorted(folder.rglob("*-predicted-h100.json"), key=lambda path: path.name)
     if not files:
         return "", {}
     rows = json.loads(files[-1].read_text(encoding="utf-8"))["rows"]
