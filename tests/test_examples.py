@@ -7,8 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from PIL import Image
-
+from realgeneral.pictures import load_picture
 from tests.realgeneral.helpers.pictures import make_photo
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +26,7 @@ def test_generate(tmp_path: Path) -> None:
     make_photo(96, 96).save(tmp_path / "photo.png")
     out = run("generate.py", "--picture", tmp_path / "photo.png", "--prompt", "fox, orange", "--output", tmp_path / "made.png")
     assert out.strip().endswith("made.png")
-    assert Image.open(tmp_path / "made.png").size == (64, 64)
+    assert load_picture(tmp_path / "made.png").size == (64, 64)
 
 
 def test_train_on_folder(tmp_path: Path) -> None:
@@ -38,5 +37,5 @@ def test_train_on_folder(tmp_path: Path) -> None:
         (tmp_path / "pictures" / f"{i}.txt").write_text("a red pot")
     out = run("train_on_folder.py", "--data", tmp_path / "pictures", "--output", tmp_path / "run", "--steps", "2")
     assert "after 2 steps; adapter in" in out
-    assert Image.open(tmp_path / "run" / "coloured.png").size == (64, 64)
+    assert load_picture(tmp_path / "run" / "coloured.png").size == (64, 64)
     assert (tmp_path / "run" / "adapter" / "realgeneral.safetensors").is_file()
