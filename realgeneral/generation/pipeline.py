@@ -100,7 +100,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers; pipelines saved before version 0.2 name a module that is gone."""
+        """As in diffusers; pipelines saved before 2026-11-28 name a module that is gone."""
         config = super().load_config(*args, **kwargs)
         parts = config[0] if isinstance(config, tuple) else config
         if parts.get("transformer", [None])[0] == "realgeneral.transformer":
