@@ -8,11 +8,11 @@ import os
 import stat
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from realgeneral.errors import Failure
@@ -90,13 +90,13 @@ def _orientation(picture: Image.Image) -> object:
     """What `ImageOps.exif_transpose` will find: EXIF, the same as ImageMagick's text, or XMP."""
     if isinstance(picture, TiffImagePlugin.TiffImageFile) and ExifTags.Base.Orientation in picture.tag_v2:
         return 1  # its size is that of the turned picture already
-    if picture.format == "PNG" and picture.fp is not None and _described_late(picture.fp):
+    if isinstance(picture, PngImagePlugin.PngImageFile) and picture.fp is not None and _described_late(picture.fp):
         picture.load()
     # not the PNG's own method, which decodes every PNG without an eXIf chunk to look behind its pixels
     return Image.Image.getexif(picture).get(ExifTags.Base.Orientation)
 
 
-def _described_late(file: BinaryIO) -> bool:
+def _described_late(file: IO[bytes]) -> bool:
     """Whether a PNG has EXIF or text behind its pixels; the file stays where it is."""
     place, pixels = file.tell(), False
     try:

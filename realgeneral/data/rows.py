@@ -106,6 +106,8 @@ class Source(Protocol):
     tasks: frozenset[str]
     # of a list of data sets: (rows, repeat, task) of each, on which a run's order and draws depend
     shares: Sequence[Sequence[Any]]
+    # what is in the data and makes no row, in words
+    notes: Sequence[str]
 
     def __len__(self) -> int: ...
 
@@ -132,6 +134,7 @@ class BaseSource:
     seeded = False
     tasks: frozenset[str] = frozenset()
     shares: Sequence[Sequence[Any]] = ()
+    notes: Sequence[str] = ()
 
     def __len__(self) -> int:
         raise NotImplementedError

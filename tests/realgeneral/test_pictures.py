@@ -141,7 +141,7 @@ def test_only_regular_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 read(tmp_path / name)
     (tmp_path / "large.png").write_bytes(encoded(make_photo()))
     monkeypatch.setattr("realgeneral.pictures.MAX_BYTES", 100)
-    with pytest.raises(Failure, match="large.png must be a picture file of at most 100 bytes, got"):
+    with pytest.raises(Failure, match=r"large.png must be a picture file of at most 100 bytes, got"):
         Picture(tmp_path / "large.png").digest()
 
 
