@@ -5,9 +5,9 @@
     python -m benchmarks.static_report --match sm_90 adaln  only names that hold all these words
     python -m benchmarks.static_report --json FILE          the figures as JSON
 
-Every kernel variant is compiled ahead of time for sm_80, sm_90, sm_100 and gfx942. Figures are read from the binaries and are
-those of the whole kernel. Another version of Triton gives other figures: the baseline is keyed by the version, and a version
-without one is reported, not compared.
+Every kernel variant is compiled ahead of time for sm_80, sm_86, sm_89, sm_90, sm_100 and gfx942. Figures are read from the
+binaries and are those of the whole kernel. Another version of Triton gives other figures: the baseline is keyed by the version,
+and a version without one is reported, not compared.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ COLUMNS = (
 )  # fmt: skip
 
 # per multiprocessor: registers, warps, programs, shared memory of which each program takes 1 KiB more than it asks for
-LIMITS = {"sm_80": (65536, 64, 32, 164 * 1024), "sm_90": (65536, 64, 32, 228 * 1024), "sm_100": (65536, 64, 32, 228 * 1024)}
+LIMITS = {
+    "sm_80": (65536, 64, 32, 164 * 1024),
+    "sm_86": (65536, 48, 16, 100 * 1024),
+    "sm_89": (65536, 48, 24, 100 * 1024),
+    "sm_90": (65536, 64, 32, 228 * 1024),
+    "sm_100": (65536, 64, 32, 228 * 1024),
+}
 
 Report = dict[str, dict[str, int]]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -126,7 +127,8 @@ def picture_grid(
         draw.text((left + column * (width + gap) + 2, 8), text, fill="black")
     for r, (row, label) in enumerate(zip(rows, labels, strict=True)):
         y = top + r * (height + gap)
-        draw.multiline_text((6, y + 4), label, fill="black")
+        lines = [line for paragraph in label.splitlines() for line in textwrap.wrap(paragraph, 26) or [""]]
+        draw.multiline_text((6, y + 4), "\n".join(lines), fill="black")
         for c, picture in enumerate(row):
             sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left + c * (width + gap), y))
     return sheet

@@ -32,8 +32,9 @@ def patch(model_or_pipeline: Any, *, impl: str = "auto") -> Any:
     """Run a stock diffusers CogVideoX on these ops: outputs agree with the stock model within rounding.
 
     Args:
-        model_or_pipeline: A `CogVideoXTransformer3DModel`, or a pipeline whose transformer is one (2B, 5B, I2V, 1.5; with LoRA,
-            fused QKV projections, gradient checkpointing). Changed in place; parameters keep their names and identity.
+        model_or_pipeline: A `CogVideoXTransformer3DModel`, or a pipeline whose transformer is one (2B, 5B, I2V, 1.5). Changed
+            in place; parameters keep their names and identity. LoRA, caches, processors, hooks and offloads may come before
+            or after: docs/inference.md lists what each of them gets.
         impl: Of the ops: "auto" (Triton on CUDA, else the PyTorch reference), "triton" or "reference".
 
     Returns:
@@ -41,7 +42,11 @@ def patch(model_or_pipeline: Any, *, impl: str = "auto") -> Any:
 
     Raises:
         TypeError: Not a CogVideoX transformer, or no pipeline with one.
-        ValueError: Unknown `impl`, or a block with a custom attention processor or a forward replaced by a hook.
+        ValueError: Unknown `impl`, a block without QK-norm, or one whose forward was replaced by hand.
+
+    Note:
+        Outputs agree with stock's within rounding: norms and rotation run in float32 with one rounding at the end. A pass
+        raises NotImplementedError for a hook on a norm that the ops would go past.
 
     Source:
         diffusers `CogVideoXBlock`; needs diffusers, which importing `rgkernels` does not.
@@ -61,7 +66,7 @@ def unpatch(model_or_pipeline: Any) -> Any:
         `model_or_pipeline`.
 
     Raises:
-        TypeError: Not a CogVideoX transformer, or no pipeline with one.
+        TypeError: Not a CogVideoX transformer, or no pipeline with one; or a block that was wrapped after `patch` (FSDP2).
     """
     from rgkernels import _patch
 

@@ -20,7 +20,7 @@ def check_tensor(name: str, x: Tensor, shape: tuple[int, ...], letters: str, lik
         raise ValueError(f"{name} must have a contiguous last dim (stride 1), got strides {list(x.stride())}")
     if like is None:
         if x.dtype not in DTYPES:
-            raise ValueError(f"{name} must be float16, bfloat16 or float32, got {x.dtype}")
+            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
         return
     if x.dtype != like.dtype:
         raise ValueError(f"{name} must have dtype {like.dtype} like the first tensor, got {x.dtype}")

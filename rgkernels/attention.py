@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from rgkernels import reference
@@ -41,8 +42,8 @@ def segment_attention(
         query_segments: Names of the segments whose rows `q` holds, in that order; None = all of the layout's.
         softmax_scale: Factor on the scores; None = 1 / sqrt(D).
         return_lse: Also return the log-sum-exp of each row.
-        impl: "auto" picks "triton" for CUDA tensors and "reference" otherwise; "flash-attn" makes split calls into that
-            library. A named choice never falls back.
+        impl: "auto" picks "triton" for CUDA tensors (compute capability 8.0 or newer) and "reference" otherwise; "flash-attn"
+            makes split calls into that library. A named choice never falls back.
 
     Returns:
         o, [B, H, Sq, D], dtype and memory order of `q`; with `return_lse` (o, lse), lse [B, H, Sq] float32. A query that sees
@@ -55,7 +56,7 @@ def segment_attention(
 
     Note:
         Softmax and accumulation in float32 (the reference: what PyTorch's scaled_dot_product_attention does); no S x S tensor,
-        except for the lse of the reference.
+        except for the lse of the reference. Under `torch.autocast` q, k and v are cast as scaled_dot_product_attention's are.
 
     Source:
         RealGeneral's Frame-Condition Decoupling; FlashAttention-2 (arXiv 2307.08691).
@@ -65,6 +66,7 @@ def segment_attention(
         raise TypeError(f"query_segments must be a sequence of names, got the string {query_segments!r}")
     if softmax_scale is not None and not math.isfinite(softmax_scale):
         raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+    q, k, v = (_as_autocast_would(x) for x in (q, k, v))
     names = layout.names if query_segments is None else tuple(query_segments)
     _check_attention(q, k, v, layout, names)
     scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
@@ -83,6 +85,15 @@ def segment_attention(
     if not return_lse:
         return o
     return o, reference.segment_attention_lse(q, k, layout, names, scale)
+
+
+def _as_autocast_would(x: Tensor) -> Tensor:
+    """Cast one of q, k, v as autocast casts those of scaled_dot_product_attention: any floating dtype but float64."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    kind = x.device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if enabled else x
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, names: tuple[str, ...]) -> None:

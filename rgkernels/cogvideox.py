@@ -15,10 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rgkernels._hooks import watching_hooks, with_affine
 from rgkernels.adaln import segment_adaln, segment_gate_residual, segment_gate_residual_adaln
 from rgkernels.attention import segment_attention
 from rgkernels.qk_norm_rope import qk_norm_rope
 from rgkernels.segments import SegmentLayout
+
+# diffusers' own, by name
+PROCESSOR, FUSED_PROCESSOR = "CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"
 
 
 class Modulation(NamedTuple):
@@ -65,34 +69,50 @@ def norm_site(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Add the pending gated branch, if there is one, and normalise: (residual, normed)."""
-    affine = {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps, "impl": impl}
-    shift, scale, _ = modulation
-    if branch is None or gate is None:
-        return residual, segment_adaln(residual, shift, scale, layout, **affine)
-    return segment_gate_residual_adaln(residual, branch, gate, shift, scale, layout, **affine)
+    # under autocast linear layers give half precision beside float32 tokens
+    shift, scale, _ = (_widened(part, residual) for part in modulation)
+
+    def site(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        affine: dict[str, Any] = {"weight": weight, "bias": bias, "eps": norm.eps, "impl": impl}
+        if branch is None or gate is None:
+            return residual, segment_adaln(residual, shift, scale, layout, **affine)
+        pending = _widened(branch, residual), _widened(gate, residual)
+        return segment_gate_residual_adaln(residual, *pending, shift, scale, layout, **affine)
+
+    return with_affine(norm, site)  # type: ignore[no-any-return]
 
 
 def project_qkv(attn: Any, normed: Tensor, rotary: Rotary, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys after norm and rotation, and values, each a [B, H, S, D] view of [B, S, H, D] memory."""
-    if getattr(attn, "fused_projections", False):
+    # diffusers leaves `fused_projections` set when it takes the fused processor off again
+    if getattr(attn, "fused_projections", False) and type(attn.processor).__name__ != PROCESSOR:
         projected = attn.to_qkv(normed).chunk(3, dim=-1)
     else:
         projected = (attn.to_q(normed), attn.to_k(normed), attn.to_v(normed))
     q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)
-    q, k = qk_norm_rope(
-        q,
-        k,
-        q_weight=attn.norm_q.weight,
-        q_bias=attn.norm_q.bias,
-        k_weight=attn.norm_k.weight,
-        k_bias=attn.norm_k.bias,
-        cos=rotary.cos,
-        sin=rotary.sin,
-        rope_start=rotary.start,
-        eps=attn.norm_q.eps,
-        impl=impl,
-    )
+    cos, sin, start = rotary
+
+    def norm_and_rotate(*affine: Tensor | None) -> tuple[Tensor, Tensor]:
+        weights = dict(zip(("q_weight", "q_bias", "k_weight", "k_bias"), affine, strict=True))
+        return qk_norm_rope(q, k, **weights, cos=cos, sin=sin, rope_start=start, eps=attn.norm_q.eps, impl=impl)
+
+    q, k = with_affine(attn.norm_q, lambda *of_q: with_affine(attn.norm_k, lambda *of_k: norm_and_rotate(*of_q, *of_k)))
     return q, k, v
+
+
+def project_out(attn: Any, attended: Tensor) -> Tensor:
+    """The output projection of attention: [B, H, S, D] -> [B, S, C]."""
+    x = attended.transpose(1, 2).flatten(2)
+    for module in attn.to_out:
+        x = module(x)
+    return x
+
+
+def replaces_attention(attn: Any) -> list[str]:
+    """Names of the processor and hooks that ask for another attention than the ops'; none for a stock module."""
+    processor = type(getattr(attn, "processor", None)).__name__
+    names = [] if processor in (PROCESSOR, FUSED_PROCESSOR, "NoneType") else [processor]
+    return names + [name for module in (attn, attn.norm_q, attn.norm_k) for name in watching_hooks(module)]
 
 
 def block_forward(
@@ -132,9 +152,15 @@ def block_forward(
     Returns:
         residual and the feed-forward output, [B, S or rows of `keep`, C], and this pass' keys and values.
 
+    Raises:
+        NotImplementedError: A hook or a processor would be gone past; hooks that only place or cast parameters work.
+
     Source:
         diffusers `CogVideoXBlock` and `CogVideoXAttnProcessor2_0`; RealGeneral's Unified Stream DiT block.
     """
+    others = replaces_attention(block.attn1)
+    if others:
+        raise NotImplementedError(f"attn1 must have diffusers' own processor and no hooks here, got {others}")
     residual, normed = norm_site(block.norm1.norm, residual, branch, gate, norm1, rows, impl)
     q, k, v = project_qkv(block.attn1, normed, rotary, impl)
     own = KeyValue(k, v)
@@ -152,9 +178,7 @@ def block_forward(
 
     attended = segment_attention(q, k, v, joint, query_segments=rows.names, impl=impl)
     assert isinstance(attended, Tensor)
-    attended = attended.transpose(1, 2).flatten(2)
-    for module in block.attn1.to_out:
-        attended = module(attended)
+    attended = project_out(block.attn1, attended)
 
     residual, normed = norm_site(block.norm2.norm, residual, attended, norm1.gate, norm2, rows, impl)
     return residual, block.ff(normed), own
@@ -168,4 +192,9 @@ def _tile(x: Tensor, like: Tensor) -> Tensor:
 
 def finish(residual: Tensor, branch: Tensor, gate: Tensor, layout: SegmentLayout, impl: str) -> Tensor:
     """Apply the last block's pending gate: residual + gate * branch."""
-    return segment_gate_residual(residual, branch, gate, layout, impl=impl)
+    return segment_gate_residual(residual, _widened(branch, residual), _widened(gate, residual), layout, impl=impl)
+
+
+def _widened(x: Tensor, tokens: Tensor) -> Tensor:
+    """Half precision becomes that of the tokens if these are wider."""
+    return x.to(tokens.dtype) if x.element_size() < tokens.element_size() else x

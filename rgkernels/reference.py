@@ -7,6 +7,9 @@ segments, H heads, D head size.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -95,7 +98,8 @@ def segment_attention_lse(
     parts = [q[:, :, :0, 0].to(wide)]
     for name, rows in zip(query_segments, q.split([layout.length(n) for n in query_segments], dim=2), strict=True):
         keys = _gather(k, layout.key_ranges(name))
-        scores = (rows.to(wide) @ keys.to(wide).transpose(-1, -2)) * softmax_scale
+        with _no_autocast(q.device.type):
+            scores = (rows.to(wide) @ keys.to(wide).transpose(-1, -2)) * softmax_scale
         parts.append(scores.logsumexp(dim=-1))
     return torch.cat(parts, dim=2)
 
@@ -112,6 +116,11 @@ def keep_memory_order(x: Tensor, like: Tensor) -> Tensor:
     if like.stride(1) < like.stride(2):
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     return x.contiguous()
+
+
+def _no_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Keep a product in the dtype of its factors: autocast would make it in half precision."""
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _gather(x: Tensor, ranges: list[tuple[int, int]]) -> Tensor:

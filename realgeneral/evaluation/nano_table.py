@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +120,27 @@ def _samples(source: Source, spec: str, size: Size, seed: int, drawn: list[tuple
     return [dataset.sample(row, row_seed) for row, row_seed in drawn]
 
 
-def generate_all(pipe: RealGeneralPipeline, pairs: NanoPairs, config: Any, progress: str = "") -> Tensor:
-    """Generate every pair in batches, [B, 3, H, W] in [0, 1]; noise depends on the sample, not on its batch."""
+def as_base(pipe: RealGeneralPipeline, tasks: Sequence[str]) -> RealGeneralPipeline:
+    """A pipeline without adapter as the stock video model that goes on from a clean frame: nothing blocked, nothing added."""
+    pipe.transformer.configure_condition(tasks, "open")
+    return pipe
+
+
+def generate_all(
+    pipe: RealGeneralPipeline, pairs: NanoPairs, config: Any, progress: str = "", *, adapted: bool = True
+) -> Tensor:
+    """Generate every pair in batches, [B, 3, H, W] in [0, 1]; noise depends on the sample, not on its batch.
+
+    Args:
+        pipe: With an adapter, or `as_base`.
+        pairs: What to generate.
+        config: Steps, guidance, batch size and seed.
+        progress: Name of a progress bar; empty = none.
+        adapted: False for the base: an empty condition is something that only training with condition dropout teaches.
+    """
     results = []
     steps, text, image = sampling(config, pairs.samples[0].task)
+    image = image if adapted else 1.0
     for start in tqdm(range(0, len(pairs.samples), config.batch_size), desc=progress, disable=not progress):
         part = pairs.samples[start : start + config.batch_size]
         results.append(
@@ -198,17 +215,14 @@ def nano_table(config: EvaluateConfig, info: AdapterInfo) -> dict[str, Any]:
 def _compare(config: EvaluateConfig, specs: Sequence[str], output: Path) -> dict[str, Any]:
     pipe = _pipeline(config, config.adapter)
     assert pipe.adapter is not None
-    base = _pipeline(config, "")
-    # nothing blocked and nothing added: the stock video model that goes on from a clean frame
-    base.transformer.configure_condition(pipe.adapter.task_names, "open")
+    base = as_base(_pipeline(config, ""), pipe.adapter.task_names)
     results: dict[str, Any] = {}
     note = "" if config.split == "held_out" else "Concepts of the training split: to choose settings by, not to report.\n\n"
     for name, pairs in table_pairs(specs, config.concepts, (64, 64), config.seed, config.split):
         images = {
             "adapter": generate_all(pipe, pairs, config, f"{name}, adapter"),
             "copy condition": pairs.conditions,
-            # an empty condition is something that only training with condition dropout teaches
-            "base": generate_all(base, pairs, replace(config, image_guidance_scale=1.0), f"{name}, base"),
+            "base": generate_all(base, pairs, config, f"{name}, base", adapted=False),
         }
         measured = measures(pairs.samples[0].task, pairs)
         values = {m: {k: fn(images[m]) for k, fn in measured.items()} for m in METHODS}
@@ -225,7 +239,7 @@ def comparison_grid(pairs: NanoPairs, images: dict[str, Tensor], rows: int) -> I
     """condition | adapter | base | truth, for the first rows."""
     columns = (pairs.conditions, images["adapter"], images["base"], pairs.truth)
     pictures = [[to_picture(column[i] * 2 - 1) for column in columns] for i in range(min(rows, len(pairs.samples)))]
-    labels = [s.prompt[:28] for s in pairs.samples[: len(pictures)]]
+    labels = [s.prompt for s in pairs.samples[: len(pictures)]]
     return picture_grid(pictures, ("condition", "adapter", "base", "truth"), labels)
 
 

@@ -185,5 +185,5 @@ def _write(
         [generator.condition(picture), generator.result(case), picture][: len(columns)]
         for case, picture in zip(shown, pictures, strict=True)
     ]
-    save_picture(grid(rows, columns, [case.prompt[:28] for case in shown]), output / "grid.png")
+    save_picture(grid(rows, columns, [case.prompt for case in shown]), output / "grid.png")
     print(text)

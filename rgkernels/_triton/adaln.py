@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from rgkernels._triton.adaln_bwd import launch_bwd
 from rgkernels._triton.adaln_fwd import launch_fwd
 from rgkernels._triton.adaln_sums import Needs
-from rgkernels._triton.common import check_not_float64
+from rgkernels._triton.common import FusedFunction, check_not_float64, register_kernel
 from rgkernels.segments import SegmentLayout
 
 _LIB = torch.library.Library("rgkernels", "FRAGMENT")
@@ -64,14 +64,10 @@ def _gate_residual_adaln(
     return launch_fwd(residual, branch, gate, shift, scale, weight, bias, lengths, eps)
 
 
-for _name, _launch in {
-    "segment_adaln": _adaln,
-    "segment_gate_residual": _gate_residual,
-    "segment_gate_residual_adaln": _gate_residual_adaln,
-    "adaln_backward": launch_bwd,
-}.items():
-    for _key in ("CPU", "CUDA"):
-        _LIB.impl(_name, _launch, _key)
+register_kernel(_LIB, "segment_adaln", _adaln)
+register_kernel(_LIB, "segment_gate_residual", _gate_residual)
+register_kernel(_LIB, "segment_gate_residual_adaln", _gate_residual_adaln)
+register_kernel(_LIB, "adaln_backward", launch_bwd)
 
 
 def _empty_rows(x: Tensor) -> Tensor:
@@ -139,7 +135,7 @@ def _backward(
     return [next(grads) if wanted else None for wanted in needs]
 
 
-class _SegmentAdaLN(torch.autograd.Function):
+class _SegmentAdaLN(FusedFunction):
     @staticmethod
     def forward(ctx, x, shift, scale, weight, bias, lengths, eps):
         y, mean, rstd = torch.ops.rgkernels.segment_adaln(x, shift, scale, weight, bias, lengths, eps)
@@ -157,7 +153,7 @@ class _SegmentAdaLN(torch.autograd.Function):
         return dx, *others, None, None
 
 
-class _SegmentGateResidual(torch.autograd.Function):
+class _SegmentGateResidual(FusedFunction):
     @staticmethod
     def forward(ctx, residual, branch, gate, lengths):
         _, needs_branch, needs_gate, _ = ctx.needs_input_grad
@@ -176,7 +172,7 @@ class _SegmentGateResidual(torch.autograd.Function):
         return dres if residual else None, *_backward(dres, None, saved, ctx.lengths, needs)[1:3], None
 
 
-class _SegmentGateResidualAdaLN(torch.autograd.Function):
+class _SegmentGateResidualAdaLN(FusedFunction):
     @staticmethod
     def forward(ctx, residual, branch, gate, shift, scale, weight, bias, lengths, eps):
         res, normed, mean, rstd = torch.ops.rgkernels.segment_gate_residual_adaln(

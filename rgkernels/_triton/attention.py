@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from rgkernels._triton.attention_bwd import launch_bwd
 from rgkernels._triton.attention_fwd import launch_fwd
 from rgkernels._triton.attention_schedule import Problem
 from rgkernels._triton.attention_tiles import HEAD_DIMS
-from rgkernels._triton.common import check_not_float64, empty_in_memory_order
+from rgkernels._triton.common import FusedFunction, check_not_float64, empty_in_memory_order, register_kernel
 from rgkernels.segments import SegmentLayout
 
 _LIB = torch.library.Library("rgkernels", "FRAGMENT")
@@ -58,9 +59,8 @@ def _backward(
     return launch_bwd(do, dlse, q, k, v, o, lse, problem, softmax_scale, needs_q, needs_kv)
 
 
-for _key in ("CPU", "CUDA"):
-    _LIB.impl("segment_attention", _forward, _key)
-    _LIB.impl("segment_attention_backward", _backward, _key)
+register_kernel(_LIB, "segment_attention", _forward)
+register_kernel(_LIB, "segment_attention_backward", _backward)
 
 
 @torch.library.register_fake("rgkernels::segment_attention", lib=_LIB)
@@ -74,7 +74,32 @@ def _(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tenso
     return [empty_in_memory_order(x) for x, needed in ((q, needs_q), (k, needs_kv), (v, needs_kv)) if needed]
 
 
-class _SegmentAttention(torch.autograd.Function):
+@register_flop_formula(torch.ops.rgkernels.segment_attention)
+def _(
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    v_shape: Sequence[int],
+    lengths: Sequence[int],
+    blocked: Sequence[int],
+    rows: Sequence[int],
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Two products, as PyTorch counts its own attention, over the scores that are computed."""
+    batch, heads, _rows, head_dim = q_shape
+    return 2 * 2 * head_dim * batch * heads * Problem(tuple(lengths), tuple(blocked), tuple(rows)).num_scores
+
+
+@register_flop_formula(torch.ops.rgkernels.segment_attention_backward)
+def _(do_shape: Sequence[int], dlse_shape: Any, q_shape: Sequence[int], *args: Any, **__: Any) -> int:
+    """Scores and dP, dq, dk and dv: five products where all three gradients are wanted."""
+    lengths, blocked, rows, _, needs_q, needs_kv = args[-6:]
+    batch, heads, _, head_dim = q_shape
+    scores = batch * heads * Problem(tuple(lengths), tuple(blocked), tuple(rows)).num_scores
+    return 2 * (2 + needs_q + 2 * needs_kv) * head_dim * scores
+
+
+class _SegmentAttention(FusedFunction):
     @staticmethod
     def forward(ctx, q, k, v, problem, softmax_scale):
         o, lse = torch.ops.rgkernels.segment_attention(q, k, v, *problem, softmax_scale)

@@ -2,9 +2,10 @@
 
 A schedule tiles one axis of the score matrix (query rows, or keys for dk and dv) and lists, per tile, the ranges of the other
 axis. Neighbouring segments that see the same ranges are tiled as one; no tile straddles two that see different ones. Schedules
-are small int32 tensors, cached per (problem, axis, tile size, device).
+are small int32 tensors, cached per (problem, axis, tile size, device); `schedule_cache.py` says for how long.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from rgkernels._triton.schedule_cache import ScheduleCache
 
 MAX_CACHED = 1024
 
@@ -36,6 +39,13 @@ class Problem(NamedTuple):
         """Sq, the number of query rows."""
         return sum(self.lengths[g] for g in self.rows)
 
+    @property
+    def num_scores(self) -> int:
+        """Visible (query, key) pairs of one head."""
+        pairs = set(zip(self.blocked[::2], self.blocked[1::2], strict=True))
+        seen = [sum(length for g, length in enumerate(self.lengths) if (row, g) not in pairs) for row in self.rows]
+        return sum(self.lengths[row] * length for row, length in zip(self.rows, seen, strict=True))
+
 
 class Schedule(NamedTuple):
     """Tiles and their ranges on the device.
@@ -55,9 +65,7 @@ class Schedule(NamedTuple):
         return self.tiles.shape[0]
 
 
-# schedules whose addresses a CUDA graph holds are never dropped
-_cached: dict[tuple[Problem, bool, int, torch.device], Schedule] = {}
-_captured: dict[tuple[Problem, bool, int, torch.device], Schedule] = {}
+Key = tuple[Problem, bool, int, torch.device]
 
 
 def schedule(problem: Problem, block: int, device: torch.device, *, by_key: bool = False) -> Schedule:
@@ -66,22 +74,34 @@ def schedule(problem: Problem, block: int, device: torch.device, *, by_key: bool
     Raises:
         RuntimeError: It is not in the cache while a CUDA graph is being captured.
     """
-    key = (problem, by_key, block, device)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    found = _cached.get(key)
+    found = _cache.get(
+        (problem, by_key, block, device),
+        lambda: _build(*tile_table(problem, block, by_key=by_key), device),
+        capturing=_is_capturing(device),
+    )
     if found is None:
-        if capturing:
-            raise RuntimeError(
-                "segment_attention must run once with a layout before a CUDA graph captures it, as every warm-up does; "
-                f"got a new layout with lengths {problem.lengths} during capture"
-            )
-        found = _build(*tile_table(problem, block, by_key=by_key), device)
-        if len(_cached) >= MAX_CACHED:
-            _drop_all()
-        _cached[key] = found
-    if capturing:
-        _captured[key] = found
+        raise RuntimeError(
+            "segment_attention must run once with a layout before a CUDA graph captures it, as every warm-up does; "
+            f"got a new layout with lengths {problem.lengths} during capture"
+        )
     return found
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether the device's current stream, on which the kernel will run, is being captured."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _wait(keys: list[Key]) -> None:
+    """Queued kernels may still read the schedules of these keys."""
+    for device in {device for *_, device in keys if device.type == "cuda"}:
+        torch.cuda.synchronize(device)
+
+
+_cache: ScheduleCache[Key, Schedule] = ScheduleCache(MAX_CACHED, _wait)
 
 
 def tile_table(problem: Problem, block: int, *, by_key: bool) -> tuple[list[tuple[int, int, int, int]], list[Range]]:
@@ -141,6 +161,12 @@ def _build(tiles: list[tuple[int, int, int, int]], ranges: list[Range], device: 
     return Schedule(packed[: 4 * len(tiles)].view(-1, 4), packed[4 * len(tiles) :].view(-1, 2))
 
 
+@functools.cache
+def _upload_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream per device carries all uploads, so that their memory is one pool."""
+    return torch.cuda.Stream(device)
+
+
 def _upload(numbers: list[int], device: torch.device) -> Tensor:
     """Copy to the device without waiting for the work that is queued there.
 
@@ -152,15 +178,8 @@ def _upload(numbers: list[int], device: torch.device) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int32, device=device)
 
     def copy() -> Tensor:
-        with torch.cuda.stream(torch.cuda.Stream(device)):
+        with torch.cuda.stream(_upload_stream(device)):
             return torch.tensor(numbers, dtype=torch.int32, device=device)
 
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(copy).result()
-
-
-def _drop_all() -> None:
-    """Bound the cache. Queued kernels may still read these schedules: wait for them, once in MAX_CACHED new layouts."""
-    for device in {key[-1] for key in _cached if key[-1].type == "cuda"}:
-        torch.cuda.synchronize(device)
-    _cached.clear()

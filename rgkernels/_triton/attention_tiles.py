@@ -35,14 +35,15 @@ def padded(head_dim: int) -> int:
 
 
 def precision(x: Tensor) -> str:
-    """How float32 matrix products run: as TF32 where torch's own setting allows it. Half precision has no choice.
+    """How float32 matrix products run: as TF32 where torch's settings, old or new, ask for it. Half precision has no choice.
 
     Else as three TF32 products of high and low parts, as PyTorch's attention does: nearer to the truth than one chain of
     float32 multiply-adds ("ieee") as long as a head, or as the keys are many.
     """
     if x.dtype != torch.float32 or x.device.type != "cuda" or torch.version.hip is not None:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    # the new setting also answers for the old one (allow_tf32); asking the old one after the new one was set raises
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def use_tma(*tensors: Tensor) -> bool:

@@ -5,12 +5,15 @@ Letters: B batch, S joint sequence, H heads, D head size, G segments.
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rgkernels._impl import require_triton
 
 # "multiprocessors" where there is no GPU: few, so that the interpreter's tests walk loops of several rows per program
 INTERPRETER_SMS = 4
@@ -38,8 +41,36 @@ def architecture(device: torch.device) -> str:
         return INTERPRETER_ARCHITECTURE
     if torch.version.hip is not None:
         return "gfx942"
-    # consumer Blackwell (12.x) has the multiprocessor of 8.x: synchronous matrix instructions, 99 KiB of shared memory
-    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) in ((8, 6), (8, 9)):
+        return f"sm_{major}{minor}"
+    # consumer Blackwell (12.x) has the multiprocessor of 8.9: synchronous matrix instructions, 99 KiB of shared memory
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_89"}.get(major, "sm_80")
+
+
+class FusedFunction(torch.autograd.Function):
+    """Autograd around an op, which the transforms of `torch.func` cannot enter: kernels have one batch dim and reverse mode."""
+
+    @classmethod
+    def apply(cls, *args: Any, **kwargs: Any) -> Any:
+        """PyTorch's own; its error under a transform would ask the reader to change this class."""
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "ops with impl='triton' must not run inside torch.func transforms (grad, vmap, jvp, ...), got one: "
+                "use torch.autograd.grad, fold a mapped dim into B, or choose impl='reference'"
+            )
+        return super().apply(*args, **kwargs)
+
+
+def register_kernel(lib: torch.library.Library, op: str, launch: Callable[..., Any]) -> None:
+    """Register the launch of an op: for CUDA tensors, and for CPU ones where Triton interprets."""
+
+    def on_cpu(*args: Any) -> Any:
+        require_triton(torch.device("cpu"))
+        return launch(*args)
+
+    lib.impl(op, launch, "CUDA")
+    lib.impl(op, on_cpu, "CPU")
 
 
 def check_not_float64(op: str, x: Tensor) -> None:

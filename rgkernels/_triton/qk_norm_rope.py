@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rgkernels._triton.common import check_not_float64, empty_in_memory_order
+from rgkernels._triton.common import FusedFunction, check_not_float64, empty_in_memory_order, register_kernel
 from rgkernels._triton.qk_norm_rope_bwd import Needs, launch_bwd
 from rgkernels._triton.qk_norm_rope_fwd import launch_fwd
 
@@ -28,9 +28,8 @@ _LIB.define(
     " bool[] needs) -> Tensor[]",
     tags=_TAGS,
 )
-for _key in ("CPU", "CUDA"):
-    _LIB.impl("qk_norm_rope", launch_fwd, _key)
-    _LIB.impl("qk_norm_rope_backward", launch_bwd, _key)
+register_kernel(_LIB, "qk_norm_rope", launch_fwd)
+register_kernel(_LIB, "qk_norm_rope_backward", launch_bwd)
 
 
 @torch.library.register_fake("rgkernels::qk_norm_rope", lib=_LIB)
@@ -60,7 +59,7 @@ def _(
     return grads + [torch.empty_like(p) for p, wanted in affine if wanted and p is not None]
 
 
-class _QKNormRope(torch.autograd.Function):
+class _QKNormRope(FusedFunction):
     @staticmethod
     def forward(ctx, q, k, q_weight, q_bias, k_weight, k_bias, cos, sin, rope_start, eps):
         ctx.save_for_backward(q, k, q_weight, q_bias, k_weight, k_bias, cos, sin)

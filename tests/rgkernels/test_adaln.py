@@ -424,7 +424,7 @@ ERRORS = {
     "dtype": (
         _replace(residual=lambda x: x.long()),
         ValueError,
-        "residual must be float16, bfloat16 or float32, got torch.int64",
+        "residual must be float16, bfloat16, float32 or float64, got torch.int64",
     ),
     "not-a-tensor": (_replace(branch=3.0), TypeError, "branch must be a tensor, got float"),
     "weight-shape": (_replace(weight=lambda x: x[:4]), ValueError, r"weight must have shape \[C\] = \[8\], got \[4\]"),

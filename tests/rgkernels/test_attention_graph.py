@@ -88,7 +88,7 @@ def test_fake_tensors_need_no_schedule(tokens_first: bool, device: str, monkeypa
     out = segment_attention(*real, LAYOUT, return_lse=True, impl="triton")
     expected = [*out, *torch.autograd.grad(out[0].sum(), real)]
     monkeypatch.setattr(attention_schedule, "_build", None)
-    monkeypatch.setattr(attention_schedule, "_cached", {})
+    monkeypatch.setattr(attention_schedule, "_cache", None)
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(x) for x in real]
         out = segment_attention(*fake, LAYOUT, return_lse=True, impl="triton")
@@ -181,14 +181,14 @@ def test_tiles_cover_what_is_visible_once(device: str) -> None:
 
 
 def test_schedules_are_cached_and_bounded(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One upload per layout and tile size, and no more than MAX_CACHED of them."""
+    """One upload per layout and tile size, and no more than the cache's capacity of them."""
     from rgkernels._triton import attention_schedule
+    from rgkernels._triton.schedule_cache import ScheduleCache
 
     built = []
     build = attention_schedule._build
     monkeypatch.setattr(attention_schedule, "_build", lambda *args: built.append(args) or build(*args))
-    monkeypatch.setattr(attention_schedule, "_cached", {})
-    monkeypatch.setattr(attention_schedule, "MAX_CACHED", 3)
+    monkeypatch.setattr(attention_schedule, "_cache", ScheduleCache(3, attention_schedule._wait))
     problems = [attention_schedule.Problem((n, 3), (), (0, 1)) for n in range(5)]
     where = torch.device(device)
     for _ in range(2):
@@ -196,14 +196,71 @@ def test_schedules_are_cached_and_bounded(device: str, monkeypatch: pytest.Monke
     assert len(built) == 1
     for problem in problems:
         attention_schedule.schedule(problem, 16, where)
-        assert len(attention_schedule._cached) <= 3
+        assert len(attention_schedule._cache) <= 3
     again = attention_schedule.schedule(problems[0], 16, where)
     assert torch.equal(again.tiles, first.tiles)
+
+
+def test_what_a_graph_captured_is_kept_and_found_again(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flood of new layouts drops the others; two captures of one layout see one address, the second without a warm-up."""
+    from rgkernels._triton import attention_schedule
+    from rgkernels._triton.schedule_cache import ScheduleCache
+
+    capturing = True
+    monkeypatch.setattr(attention_schedule, "_is_capturing", lambda device: capturing)
+    monkeypatch.setattr(attention_schedule, "_cache", ScheduleCache(3, attention_schedule._wait))
+    where = torch.device(device)
+    problems = [attention_schedule.Problem((n, 3), (), (0, 1)) for n in range(1, 9)]
+    with pytest.raises(RuntimeError, match=r"before a CUDA graph captures it.*got a new layout with lengths \(1, 3\)"):
+        attention_schedule.schedule(problems[0], 16, where)
+    capturing = False
+    warm = attention_schedule.schedule(problems[0], 16, where)
+    capturing = True
+    first = attention_schedule.schedule(problems[0], 16, where)
+    capturing = False
+    for problem in problems[1:]:
+        attention_schedule.schedule(problem, 16, where)
+    capturing = True
+    second = attention_schedule.schedule(problems[0], 16, where)
+    assert warm is first is second
+    capturing = False
+    assert attention_schedule.schedule(problems[0], 16, where) is first
+
+
+def test_dropped_schedules_are_waited_for_before_they_are_freed() -> None:
+    """Queued kernels may still read them: its owner is asked to wait, and only for keys that no graph holds."""
+    from rgkernels._triton.schedule_cache import ScheduleCache
+
+    settled: list[list[int]] = []
+    cache: ScheduleCache[int, str] = ScheduleCache(2, settled.append)
+    for key in (1, 2):
+        cache.get(key, lambda: "x", capturing=False)
+    cache.get(2, lambda: "x", capturing=True)
+    for key in (3, 4):
+        cache.get(key, lambda: "x", capturing=False)
+    assert settled == [[1, 3]]
+    assert len(cache) == 2
+
+
+def test_one_upload_stream_per_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stream has a pool of memory of its own: a stream for every upload would reserve one after the other."""
+    from rgkernels._triton import attention_schedule
+
+    made: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or object())
+    attention_schedule._upload_stream.cache_clear()
+    devices = [torch.device("cuda", index) for index in (0, 1, 0, 1)]
+    streams = [attention_schedule._upload_stream(where) for where in devices]
+    attention_schedule._upload_stream.cache_clear()
+    assert made == devices[:2]
+    assert streams[:2] == streams[2:]
 
 
 @pytest.mark.gpu
 def test_cuda_graph() -> None:
     """Capture after one warm-up call, replay on new values; a layout that was never seen is refused by name."""
+    from rgkernels._triton import attention_schedule
+
     inputs = make_qkv(LAYOUT, "cuda")
     segment_attention(*inputs, LAYOUT, impl="triton")
     graph = torch.cuda.CUDAGraph()
@@ -211,6 +268,11 @@ def test_cuda_graph() -> None:
         o = segment_attention(*inputs, LAYOUT, impl="triton")
     for x in inputs:
         x.mul_(0.5)
+    # as many layouts as the cache holds, and a second capture: the first graph's schedule stays where it was
+    for n in range(attention_schedule.MAX_CACHED + 1):
+        attention_schedule.schedule(attention_schedule.Problem((n,), (), (0,)), 16, inputs[0].device)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        segment_attention(*inputs, LAYOUT, impl="triton")
     graph.replay()
     assert torch.equal(o, segment_attention(*inputs, LAYOUT, impl="triton"))
     new = make_qkv(of(a=11), "cuda")

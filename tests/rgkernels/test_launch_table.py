@@ -13,7 +13,7 @@ from rgkernels._triton import common
 from rgkernels._triton.launch_data import LAUNCHES, MEASURED
 from rgkernels._triton.launch_table import KINDS, dtype_class, find, size_class
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942", "interpreter")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -66,7 +66,16 @@ def test_dtype_classes() -> None:
 
 @pytest.mark.parametrize(
     ("capability", "expected"),
-    [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((11, 0), "sm_100"), ((12, 0), "sm_80")],
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_86"),
+        ((8, 7), "sm_80"),
+        ((8, 9), "sm_89"),
+        ((9, 0), "sm_90"),
+        ((10, 3), "sm_100"),
+        ((11, 0), "sm_100"),
+        ((12, 0), "sm_89"),
+    ],
 )
 def test_architecture_of_a_device(capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

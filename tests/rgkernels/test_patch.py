@@ -9,7 +9,6 @@ import torch
 
 pytest.importorskip("diffusers")
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
-from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from peft import LoraConfig
 
@@ -17,25 +16,7 @@ import rgkernels
 from rgkernels._patch import FusedCogVideoXBlock
 from rgkernels.testing import assert_within_reference_error, outputs_and_grads
 from tests.realgeneral.helpers.checkpoints import GEOMETRIES, TEXT_WINDOW, save_checkpoint, tiny_transformer
-
-FRAMES, HEIGHT, WIDTH = 4, 8, 12
-
-
-def clip_inputs(model: CogVideoXTransformer3DModel, seed: int = 0) -> dict[str, object]:
-    """Random inputs of a four-frame clip, with rotary tables where the geometry has them."""
-    generator = torch.Generator().manual_seed(seed)
-    config = model.config
-    frames = FRAMES // (config.patch_size_t or 1)
-    tokens = frames * (HEIGHT // 2) * (WIDTH // 2)
-    angles = torch.rand(tokens, config.attention_head_dim // 2, generator=generator).repeat_interleave(2, 1) * 6
-    rotary = (angles.cos(), angles.sin()) if config.use_rotary_positional_embeddings else None
-    return {
-        "hidden_states": torch.randn(2, FRAMES, config.in_channels, HEIGHT, WIDTH, generator=generator),
-        "encoder_hidden_states": torch.randn(2, TEXT_WINDOW, config.text_embed_dim, generator=generator),
-        "timestep": torch.tensor([3, 900]),
-        "image_rotary_emb": rotary,
-        "return_dict": False,
-    }
+from tests.rgkernels.clips import clip_inputs
 
 
 def run(model: CogVideoXTransformer3DModel, inputs: dict[str, object], **extra: object) -> torch.Tensor:
@@ -179,17 +160,10 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="impl must be one of"):
         rgkernels.patch(model, impl="cuda")
 
-    class OwnProcessor(CogVideoXAttnProcessor2_0):
-        pass
-
-    model.transformer_blocks[1].attn1.set_processor(OwnProcessor())
-    with pytest.raises(ValueError, match="attention processor of block 1 must be CogVideoX's own, got OwnProcessor"):
+    model.transformer_blocks[1].attn1.norm_q = None
+    with pytest.raises(ValueError, match="attention of block 1 must have QK-norm, got none"):
         rgkernels.patch(model)
     assert type(model.transformer_blocks[0]) is CogVideoXBlock
-    model = tiny_transformer("5b")
-    model.transformer_blocks[0].forward = lambda *args, **kwargs: None
-    with pytest.raises(ValueError, match="replaced by a hook"):
-        rgkernels.patch(model)
     model = rgkernels.patch(tiny_transformer("5b"), impl="reference")
     with pytest.raises(NotImplementedError, match="attention_mask"):
         run(model, clip_inputs(model), attention_kwargs={"attention_mask": torch.ones(1)})

@@ -318,7 +318,7 @@ ERRORS = {
         ValueError,
         r"q must have a contiguous last dim .*got strides",
     ),
-    "q-dtype": (lambda i: {"q": i["q"].int()}, ValueError, "q must be float16, bfloat16 or float32, got torch.int32"),
+    "q-dtype": (lambda i: {"q": i["q"].int()}, ValueError, "q must be float16, bfloat16, float32 or float64, got torch.int32"),
     "not-a-tensor": (lambda i: {"k": None}, TypeError, "k must be a tensor, got NoneType"),
     "weight-shape": (
         lambda i: {"q_weight": i["q_weight"][:4]},

@@ -93,7 +93,7 @@ def test_figures_keep_the_baseline(report: static_report.Report) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942"])
 def test_every_variant(target: str, tmp_path: Path) -> None:
     """All dtypes and targets: budgets on sm_90, no spills elsewhere, and the baseline."""
     report = compiled(tmp_path / "report.json", (f"{target}/",))

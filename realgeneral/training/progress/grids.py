@@ -59,5 +59,5 @@ def _grid(
                 generator=torch.Generator().manual_seed(config.seed),
             ).images[0]
         rows.append([conditions[0], result, to_picture(sample.target)])
-        labels.append(f"{sample.task}\n{sample.prompt[:28]}")
+        labels.append(f"{sample.task}\n{sample.prompt}")
     return picture_grid(rows, ("condition", "result", "target"), labels, max(1, 128 // width))
