@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 QUICK_KERNEL_TESTS := tests/rgkernels -k "segments or (matches_reference and not cpu-float16)"
 SOURCES := rgkernels realgeneral recipes examples benchmarks tests setup.py
 
-.PHONY: all demo test test-slow test-gpu test-latest venv lint types fmt bench gpu gpu-model report clean
+.PHONY: all demo test test-slow test-gpu test-peers test-latest venv lint types fmt bench gpu gpu-model report clean
 
 all: lint types test
 
@@ -32,6 +32,11 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+# diffusers' own tests on our classes: DIFFUSERS=a checkout of its repository, of about the version that is installed
+test-peers: $(STAMP)
+	@test -d "$(DIFFUSERS)/tests" || { echo "make test-peers: DIFFUSERS must be a checkout of diffusers" >&2; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/peers --diffusers=$(DIFFUSERS) -n 2 --dist loadfile
 
 # the newest releases that the registry has, in a virtual environment of their own; see "Versions" in docs/design.md
 test-latest:

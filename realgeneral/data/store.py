@@ -4,6 +4,8 @@
     shards/NAME.safetensors    tensors by key
     shards/NAME.json           their checksums, and the keys of pictures that could not be read with the reason
 
+Both JSON files hold the digest of their other entries.
+
 A shard's json is written last: what a killed process leaves behind without one is not part of the store.
 """
 
@@ -56,6 +58,20 @@ class StoreSettings:
     window: int
     variants: int
     format: int = FORMAT
+
+
+def sealed(record: Mapping[str, Any]) -> str:
+    """A record as JSON, with the digest of its other entries."""
+    return json.dumps({**record, "digest": _key(record)}, indent=1) + "\n"
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """The record of `sealed`; ValueError if it was changed. Earlier stores have no digests to tell by."""
+    record: dict[str, Any] = json.loads(text)
+    digest = record.pop("digest", None)
+    if digest is not None and digest != _key(record):
+        raise ValueError("other text than was written")
+    return record
 
 
 def _key(*parts: Any) -> str:
@@ -158,11 +174,11 @@ def read_settings(folder: Path) -> StoreSettings:
     """The settings of a store; Failure if the folder is not one."""
     path = folder / SETTINGS_FILE
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        described = unsealed(path.read_text(encoding="utf-8"))
         return StoreSettings(**{f.name: described[f.name] for f in fields(StoreSettings)})
     except FileNotFoundError:
         raise Failure(f"precomputed must be a folder that realgeneral precompute wrote, got {folder}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Failure(f"{path} must be as realgeneral precompute wrote it, got: {error!r}") from None
 
 
@@ -186,14 +202,14 @@ def read_indexes(folder: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
     """The index of each shard whose tensors are there."""
     for path in sorted((folder / "shards").glob("*.json")):
         try:
-            index = json.loads(path.read_text(encoding="utf-8"))
+            index = unsealed(path.read_text(encoding="utf-8"))
             entries, size = index["entries"], index["bytes"]
             tensors = path.with_suffix(".safetensors")
             if entries and (not tensors.is_file() or tensors.stat().st_size != size):
                 found = f"{tensors.stat().st_size} bytes instead of {size}" if tensors.is_file() else "no such file"
                 raise _damaged(tensors, found)
             yield path, {"entries": entries, "bad": index["bad"]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(path.with_suffix(".safetensors"), f"a damaged index: {error!r}") from None
 
 
@@ -224,7 +240,7 @@ class StoreWriter:
         elif strangers:
             raise UsageError(f"output must be a new folder or one of realgeneral precompute, got {folder} with {strangers[0]}")
         else:
-            write_text(folder / SETTINGS_FILE, json.dumps(asdict(settings), indent=1) + "\n", shared=True)
+            write_text(folder / SETTINGS_FILE, sealed(asdict(settings)), shared=True)
         (folder / "shards").mkdir(exist_ok=True)
         self.store = Store(folder)
         self.tensors: dict[str, Tensor] = {}
@@ -275,7 +291,7 @@ class StoreWriter:
                     partial.write_bytes(save(self.tensors))  # save_file makes files that only their owner can read
             entries = {key: checksum(tensor) for key, tensor in self.tensors.items()}
             size = path.stat().st_size if self.tensors else 0
-            write_text(path.with_suffix(".json"), json.dumps({"bytes": size, "entries": entries, "bad": self.bad}))
+            write_text(path.with_suffix(".json"), sealed({"bytes": size, "entries": entries, "bad": self.bad}))
         except (OSError, SafetensorError) as error:
             raise Failure(f"{path} could not be written ({error}); shards before it are intact") from None
         self.written += len(self.tensors)

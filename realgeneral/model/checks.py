@@ -45,3 +45,12 @@ def check_joint(latents: Tensor, embedded: Embedded, cache: ConditionCache | Non
     if batch % shared:
         raise ValueError(f"{name} must have batch 1 or a divisor of {batch}, got {shared}")
     return count
+
+
+def check_at_hand(norm: Any, like: Tensor) -> None:
+    """NotImplementedError unless a norm's weights are where the tokens are: the ops read them without a call of the norm."""
+    if norm.weight is not None and norm.weight.device != like.device:
+        raise NotImplementedError(
+            f"weights of norms must stay on {like.device}, got {norm.weight.device}: sequential and leaf-level offload are not "
+            "supported, use enable_model_cpu_offload()"
+        )

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from realgeneral.model.checks import check_at_hand
 from realgeneral.model.condition import ConditionCache, Embedded, Site
 from realgeneral.model.geometry import Geometry, image_tokens, unpatchify
 from realgeneral.model.transformer import Images, RealGeneralMixin
@@ -71,6 +73,7 @@ class RealGeneralTransformer3DModel(RealGeneralMixin, CogVideoXTransformer3DMode
     # what a saved pipeline names, wherever this file is
     __module__ = "realgeneral"
     stock_class = CogVideoXTransformer3DModel
+    processors = (CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0)
     geometry_keys = (
         "num_layers",
         "num_attention_heads",
@@ -146,8 +149,10 @@ class RealGeneralTransformer3DModel(RealGeneralMixin, CogVideoXTransformer3DMode
         self, block: Any, own: ConditionAdaLN, time: Tensor | None, condition_time: Tensor | None, conditions: int
     ) -> Site:
         """Text uses rows 3d:6d of the stock linears, the target rows 0:3d, the conditions their own linears."""
-        sites = []
+        sites, given = [], condition_time if time is None else time
+        assert given is not None
         for norm, linear in ((block.norm1, own.norm1), (block.norm2, own.norm2)):
+            check_at_hand(norm.norm, given)
             rows: list[Any] = []
             if time is not None:
                 parts = norm.linear(norm.silu(time)).chunk(6, dim=1)

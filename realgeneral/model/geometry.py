@@ -97,6 +97,8 @@ class Geometry:
         """cos and sin, [len(frames) * N, head_dim] float32, of the tokens of the given frame indices; None without RoPE."""
         if not self.rotary:
             return None, None
+        if self.head_dim % 16:  # a quarter for frames, three eighths for each side, each in pairs
+            raise ValueError(f"attention_head_dim must be a multiple of 16 for rotary positions, got {self.head_dim}")
         return _rotary(self, *self.grid(height, width), frames, str(device))
 
     def sincos_table(

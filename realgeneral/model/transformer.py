@@ -96,6 +96,8 @@ class RealGeneralMixin(ModelMixin):  # type: ignore[misc]
 
     # diffusers' model of the family
     stock_class: ClassVar[Any]
+    # its attention processors: the ops compute what these do
+    processors: ClassVar[tuple[type, ...]]
     # entries of the config that fix shapes and positions
     geometry_keys: ClassVar[tuple[str, ...]]
     images: ClassVar[Images]
@@ -249,6 +251,8 @@ class RealGeneralMixin(ModelMixin):  # type: ignore[misc]
         added = {k: kwargs.pop(k) for k in ("tasks", "preset") if k in kwargs}
         return cls.from_stock(cls.stock_class.from_pretrained(pretrained_model_name_or_path, **kwargs), **added)
 
+    # diffusers' pipelines look in the signature for what they may pass on (`variant`, say)
+    @wraps(ModelMixin.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers, but refuses a model with a LoRA, whose weights would be written under names that nothing loads."""
         self.check_no_lora()
@@ -267,6 +271,24 @@ class RealGeneralMixin(ModelMixin):  # type: ignore[misc]
         if any(getattr(module, "merged_adapters", None) for module in self.modules()):
             raise ValueError("transformer must have no merged LoRA to choose adapters, got one: unmerge_lora() first")
         super().set_adapters(*args, **kwargs)
+
+    def enable_cache(self, config: Any) -> None:
+        """Not supported: diffusers' caches hook the forward of each block, and the path with a condition calls none."""
+        raise NotImplementedError(
+            f"enable_cache({type(config).__name__}) is not supported by this model; preset 'cached' computes the condition once"
+        )
+
+    def set_attention_backend(self, backend: Any) -> None:
+        """Not supported: the model's attribute `impl` says what computes the attention."""
+        raise NotImplementedError(f"set_attention_backend({backend!r}) is not supported by this model; set its attribute impl")
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """As in diffusers, but NotImplementedError for processors other than the stock model's, which nothing would call."""
+        for one in processor.values() if isinstance(processor, dict) else [processor]:
+            if type(one) not in self.processors:
+                known = " or ".join(kind.__name__ for kind in self.processors)
+                raise NotImplementedError(f"attention processors must be {known}, got {type(one).__name__}")
+        super().set_attn_processor(processor)
 
     def check_no_lora(self) -> None:
         """ValueError if there is a LoRA, which `save_pretrained` cannot write."""

@@ -207,6 +207,23 @@ def test_keys_depend_on_everything(tmp_path: Path) -> None:
     assert store.latents_key(["a", 1, 2]) != store.latents_key(["a", 12])
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [("precompute.json", '"variants": 2', '"variants": 3'), ("shards/000-of-001-00000.json", "x.png", "y.png")],
+)
+def test_text_that_changed(tmp_path: Path, name: str, old: str, new: str) -> None:
+    """A flipped bit of the settings or of an index is noticed; those of earlier versions, without digests, are read."""
+    made(tmp_path)
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(text.replace(old, new))
+    with pytest.raises(Failure, match="other text than was written"):
+        Store(tmp_path)
+    record = json.loads(text)
+    del record["digest"]
+    (tmp_path / name).write_text(json.dumps(record))
+    assert len(Store(tmp_path).places) == 3
+
+
 def test_folders_that_are_no_store(tmp_path: Path) -> None:
     """Reading one, or writing into one, with something else in it."""
     with pytest.raises(Failure, match="precomputed must be a folder that realgeneral precompute wrote, got"):
@@ -219,6 +236,7 @@ def test_folders_that_are_no_store(tmp_path: Path) -> None:
     made(tmp_path / "s")
     settings = json.loads((tmp_path / "s" / "precompute.json").read_text())
     del settings["vae"]
+    settings.pop("digest")
     (tmp_path / "s" / "precompute.json").write_text(json.dumps(settings))
     with pytest.raises(Failure, match=r"precompute.json must be as realgeneral precompute wrote it, got: KeyError\('vae'\)"):
         Store(tmp_path / "s")
