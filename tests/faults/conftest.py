@@ -1,7 +1,24 @@
-"""The fixtures of realgeneral's tests that faults need."""
+"""Fixtures of the fault tests."""
 
 from __future__ import annotations
 
-from tests.realgeneral.conftest import _one_thread, fresh_accelerate
+from collections.abc import Iterator
 
-__all__ = ["_one_thread", "fresh_accelerate"]
+import pytest
+import torch
+
+from tests.realgeneral.helpers.accelerate import reset_accelerate
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # tiny tensors: more threads only fight each other
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate's settings of the process, gone before and after."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
