@@ -54,5 +54,5 @@ setup(
         "deepspeed": ["deepspeed~=0.19.8"],
         "wandb": ["wandb"],
     },
-    entry_points={"console_scripts": ["realgeneral = realgeneral.cli:main"]},
+    entry_points={"console_scripts": ["realgeneral = realgeneral.commands.cli:main"]},
 )

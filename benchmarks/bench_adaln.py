@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rgkernels
-from benchmarks.common import Case, Run, compiled, gradient_run, measure, usable
-from benchmarks.shapes import Shape
+from benchmarks.harness.shapes import Shape
+from benchmarks.harness.timing import Case, Run, compiled, gradient_run, measure, usable
 from rgkernels.reference import per_token
 
 # passes over [B, S, C]: forward reads residual, branch and writes res, normed; backward reads dres, dnormed, res, branch and

@@ -1,7 +1,6 @@
 """Segment attention against split SDPA on each backend, a dense mask, compiled FlexAttention, peers, and unmasked kernels.
 
     pytest benchmarks/bench_attention.py --shape 5b-480x720-b1 --rows outputs/benchmarks.jsonl
-    python -m benchmarks.bench_attention outputs/benchmarks.jsonl outputs/attention     a plot per mode from the rows
 
 FLOPs are those of the scores that the provider has to compute: the visible ones, and all of them for "-unmasked" providers,
 which are upper lines, not competitors. Forward 4 D per score, backward 2.5 times that. Each row carries the provider's relative
@@ -21,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.common import OURS, Case, Run, gradient_run, measure
-from benchmarks.common import usable as usable_runs
-from benchmarks.shapes import ATTENTION, Shape
+from benchmarks.harness.attention import block_mask_of, compiled_flex, masked_sdpa
+from benchmarks.harness.shapes import ATTENTION, Shape
+from benchmarks.harness.timing import OURS, Case, Run, gradient_run, measure
+from benchmarks.harness.timing import usable as usable_runs
 from rgkernels import SegmentLayout, segment_attention
 
 BACKENDS = {
@@ -72,45 +72,9 @@ def unmasked_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, *, bac
 
 
 @functools.lru_cache(maxsize=1)
-def dense_mask(layout: SegmentLayout, device: torch.device) -> Tensor:
-    """The mask that stock code passes, built outside the timed region."""
-    return layout.mask(device)
-
-
-def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout) -> Tensor:
-    """One call with a dense mask, on whatever backend PyTorch picks."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(layout, q.device))
-
-
-@functools.lru_cache(maxsize=1)
 def block_mask(layout: SegmentLayout, device: torch.device) -> Any:
     """FlexAttention's plan, built outside the timed region."""
     return block_mask_of(layout, layout.names, device)
-
-
-def block_mask_of(layout: SegmentLayout, queries: tuple[str, ...], device: torch.device) -> Any:
-    """The plan for the rows of some segments over all keys."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    index = [layout.index(name) for name in queries]
-    rows = torch.repeat_interleave(torch.tensor(index), torch.tensor([layout.lengths[i] for i in index])).to(device)
-    keys = torch.repeat_interleave(torch.arange(layout.num_segments), torch.tensor(layout.lengths)).to(device)
-    visible = torch.tensor([[layout.visible(a, b) for b in layout.names] for a in layout.names], device=device)
-
-    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return visible[rows[i], keys[j]]
-
-    return create_block_mask(mask_mod, None, None, len(rows), len(keys), device=device)
-
-
-@functools.cache
-def compiled_flex() -> Callable[..., Any]:
-    """FlexAttention under torch.compile, with graphs that `gradient_run` may run backward more than once."""
-    from torch._functorch import config
-    from torch.nn.attention.flex_attention import flex_attention
-
-    config.donated_buffer = False
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout) -> Tensor:

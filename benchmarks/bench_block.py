@@ -19,9 +19,9 @@ from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 
 import rgkernels
-from benchmarks.common import Case, Run, measure, usable
-from benchmarks.models import Provider, block_flops, build_model, config_of, providers
-from benchmarks.shapes import MODELS, STOCK, Shape
+from benchmarks.harness.models import Provider, block_flops, build_model, config_of, providers
+from benchmarks.harness.shapes import MODELS, STOCK, Shape
+from benchmarks.harness.timing import Case, Run, measure, usable
 from rgkernels.cogvideox import Modulation, Rotary
 
 MODES = ("forward", "forward+backward")

@@ -19,12 +19,13 @@ pytest.importorskip("transformers")
 
 from diffusers import CogVideoXDDIMScheduler
 
-from benchmarks.common import Case, Run, measure, usable
-from benchmarks.models import Inputs, Provider, block_flops, build_model, model_flops, model_inputs, providers
-from benchmarks.shapes import MODELS, Shape
-from realgeneral.guidance import Guidance
-from realgeneral.layout import get_preset, joint_layout, sublayout
-from realgeneral.pipeline import RealGeneralPipeline
+from benchmarks.harness.models import Inputs, Provider, block_flops, build_model, model_flops, model_inputs, providers
+from benchmarks.harness.shapes import MODELS, Shape
+from benchmarks.harness.timing import Case, Run, measure, usable
+from realgeneral.generation.denoising import Conditioning, denoise
+from realgeneral.generation.guidance import Guidance
+from realgeneral.generation.pipeline import RealGeneralPipeline
+from realgeneral.model.presets import get_preset, joint_layout, sublayout
 
 PRESET = "cached"
 GUIDANCE = 6.0
@@ -63,9 +64,8 @@ def generation_run(provider: Provider, pipe: RealGeneralPipeline, inputs: Inputs
         with provider.applied(model), torch.no_grad():
             cache = model.encode_condition(**conditions) if cached else None
             guidance = Guidance(GUIDANCE)
-            return pipe._denoise_loop(
-                inputs.target, inputs.text, guidance, {} if cached else conditions, cache, steps, 1, None, None, ()
-            )
+            texts = inputs.text.chunk(len(guidance.passes))
+            return denoise(pipe, inputs.target, texts, Conditioning({} if cached else conditions, cache), guidance, steps=steps)
 
     return run
 

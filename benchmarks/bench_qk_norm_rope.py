@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rgkernels
-from benchmarks.common import Case, Run, compiled, gradient_run, measure, usable
-from benchmarks.shapes import Shape
+from benchmarks.harness.shapes import Shape
+from benchmarks.harness.timing import Case, Run, compiled, gradient_run, measure, usable
 
 # passes over [B, S, C]: forward reads q, k and writes both; backward reads q, k and two upstream gradients and writes both
 VECTORS = {"forward": 4, "backward": 6}

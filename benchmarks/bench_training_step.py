@@ -18,12 +18,13 @@ pytest.importorskip("diffusers")
 
 from diffusers import CogVideoXDDIMScheduler
 
-from benchmarks.common import Case, Run, measure, usable
-from benchmarks.models import Inputs, Provider, build_model, model_flops, model_inputs, providers
-from benchmarks.shapes import MODELS, Shape
-from realgeneral.adapter import add_lora
-from realgeneral.diffusion import noised, v_loss, v_target
-from realgeneral.layout import get_preset, joint_layout
+from benchmarks.harness.models import Inputs, Provider, build_model, model_flops, model_inputs, providers
+from benchmarks.harness.shapes import MODELS, Shape
+from benchmarks.harness.timing import Case, Run, measure, usable
+from realgeneral.model.lora import add_lora
+from realgeneral.model.presets import get_preset, joint_layout
+from realgeneral.settings.train import LORA_TARGETS
+from realgeneral.training.objective import v_loss
 
 RANK = 64  # the trainer's default
 PRESET = "cached"
@@ -48,13 +49,13 @@ def training_run(provider: Provider, model: Any, inputs: Inputs) -> Run:
 
     def run() -> None:
         with provider.applied(model):
-            noisy = noised(scheduler, clean, noise, inputs.timestep)
+            noisy = model.objective.noised(scheduler, clean, noise, inputs.timestep)
             with torch.autocast(device.type, dtype) if half else contextlib.nullcontext():
                 prediction = model(
                     noisy.to(dtype), inputs.text, inputs.timestep,
                     condition_latents=inputs.conditions, task_ids=inputs.task_ids, return_dict=False,
                 )[0]  # fmt: skip
-            loss = v_loss(prediction, v_target(scheduler, clean, noise, inputs.timestep)).mean()
+            loss = v_loss(prediction, model.objective.target(scheduler, clean, noise, inputs.timestep)).mean()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
@@ -76,7 +77,7 @@ def test_training_step(
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     model = build_model(shape, device, dtype, pytestconfig.getoption("--layers"), PRESET)
-    add_lora(model, RANK)
+    add_lora(model, RANK, None, LORA_TARGETS)
     model.train()
     if cuda:
         model.enable_gradient_checkpointing()

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common import default_device, leave_default_stream, summary, write_rows
-from benchmarks.shapes import OPS, SHAPES, Shape
+from benchmarks.harness.shapes import OPS, SHAPES, Shape
+from benchmarks.harness.timing import default_device, leave_default_stream, summary, write_rows
 
 ROWS = Path("outputs") / "benchmarks.jsonl"
 _SHOWN = pytest.StashKey[list[dict[str, Any]]]()
@@ -20,7 +20,7 @@ _SHOWN = pytest.StashKey[list[dict[str, Any]]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Where the rows go, and what runs."""
     parser.addoption("--rows", type=Path, default=ROWS, metavar="FILE", help=f"append JSONL rows to FILE (default: {ROWS})")
-    parser.addoption("--shape", action="append", default=[], metavar="NAME", help="run this shape of benchmarks/shapes.py")
+    parser.addoption("--shape", action="append", default=[], metavar="NAME", help="run this shape of harness/shapes.py")
     parser.addoption("--provider", action="append", default=[], metavar="NAME", help="models: run this provider only")
     parser.addoption("--layers", type=int, metavar="N", help="models: transformer blocks (default: all of the geometry)")
     parser.addoption("--steps", type=int, metavar="N", help="generation: denoising steps (default: 50, shape mid 10)")

@@ -12,15 +12,15 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
 from diffusers.utils import logging
 from transformers import T5Config, T5EncoderModel
 
-from realgeneral.adapter import add_lora
-from realgeneral.config import TrainConfig
-from realgeneral.loading import run_tasks
-from realgeneral.memory import GIB, StepShape, memory_budget
-from realgeneral.pipeline import RealGeneralPipeline
-from realgeneral.recompute import checkpointing
+from realgeneral.generation.pipeline import RealGeneralPipeline
+from realgeneral.model.cogvideox import RealGeneralTransformer3DModel
+from realgeneral.model.lora import add_lora
+from realgeneral.model.vae import fold_single_frame
+from realgeneral.settings.train import TrainConfig
 from realgeneral.tasks import get_task
-from realgeneral.transformer import RealGeneralTransformer3DModel
-from realgeneral.vae import fold_single_frame
+from realgeneral.training.memory import GIB, StepShape, memory_budget
+from realgeneral.training.models import checkpointing
+from realgeneral.training.plan import run_tasks
 
 # as in the config.json of the checkpoints; sizes in latent pixels
 SHARED = {"attention_head_dim": 64, "in_channels": 16, "out_channels": 16, "time_embed_dim": 512, "text_embed_dim": 4096}
@@ -60,7 +60,7 @@ def empty_pipeline(base: str, config: TrainConfig) -> RealGeneralPipeline:
     """A pipeline without weights in the geometry of a real base, set up as the trainer does."""
     changes = dict(BASES[base])
     rotary = changes.pop("rotary", False)
-    names = [get_task(spec).name for spec in run_tasks(config.tasks, config.data)]
+    names = [get_task(spec).name for spec in run_tasks(config)]
     with torch.device("meta"):
         transformer = RealGeneralTransformer3DModel(
             tasks=names, preset=config.preset, use_rotary_positional_embeddings=rotary, **SHARED, **changes
@@ -70,7 +70,7 @@ def empty_pipeline(base: str, config: TrainConfig) -> RealGeneralPipeline:
         for module in (encoder, vae, transformer):
             module.to(torch.bfloat16).requires_grad_(False)
         fold_single_frame(vae)
-        add_lora(transformer, config.rank)
+        add_lora(transformer, config.rank, None, config.lora_targets)
     if config.gradient_checkpointing != "none":
         transformer.enable_gradient_checkpointing(checkpointing(config.gradient_checkpointing))
     return pipe

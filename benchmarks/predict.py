@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.harness.least_work import MODES, VECTORS, least_work
+from benchmarks.harness.shapes import SHAPES, Shape
 
 SMS = 132
 CLOCK = 1.83e9  # at which the data sheet's 989 TFLOP/s hold: 132 x 4096 per clock
@@ -63,33 +64,6 @@ INSTRUCTIONS = {
 NORMALISING = ("_adaln_fwd_kernel", "_qk_norm_rope_fwd_kernel", "_qk_norm_rope_bwd_kernel")
 # matrix products over the scores, 2 D operations each: q k, p v | q k, do v, ds k | q k, do v, p do, ds q
 PRODUCTS = {"_attn_fwd_kernel": 2, "_attn_bwd_dq_kernel": 3, "_attn_bwd_dkdv_kernel": 4}
-
-MODES = ("forward", "backward")
-# vectors of one token that an op must move, forward and backward, and its arithmetic operations per element
-VECTORS = {
-    "segment_adaln": (2, 3),
-    "segment_gate_residual": (3, 3),
-    "segment_gate_residual_adaln": (4, 6),
-    "qk_norm_rope": (4, 6),
-    "segment_attention": (4, 8),
-}
-OPERATIONS = {
-    "segment_adaln": (8, 14),
-    "segment_gate_residual": (2, 3),
-    "segment_gate_residual_adaln": (10, 17),
-    "qk_norm_rope": (22, 44),
-}
-
-
-def least_work(op: str, mode: str, shape: Shape, itemsize: int) -> tuple[int, int]:
-    """(bytes, FLOP) that an op needs whoever computes it: the place of its results on a roofline."""
-    backward = MODES.index(mode)
-    elements = shape.batch * shape.seq_len * shape.channels
-    moved = VECTORS[op][backward] * elements * itemsize
-    if op != "segment_attention":
-        return moved, OPERATIONS[op][backward] * elements
-    scores = round(shape.seq_len**2 * shape.layout.visible_fraction) * shape.batch * shape.heads
-    return moved, round(4 * shape.head_dim * scores * (1.0, 2.5)[backward])
 
 
 @dataclass
@@ -182,8 +156,8 @@ def _short(value: float) -> float:
 
 def launched_work(op: str, mode: str, shape: Shape) -> list[Work]:
     """The launches of one op on an H100, as work; its tensors have no memory."""
-    from benchmarks.direct import prepare
-    from benchmarks.launches import record_launches
+    from benchmarks.launches.direct import prepare
+    from benchmarks.launches.record import record_launches
 
     def tensor(*size: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(size, dtype=dtype or DTYPE, device="meta")
@@ -197,8 +171,8 @@ def launched_work(op: str, mode: str, shape: Shape) -> list[Work]:
 
 
 def _row_work(launch: Any, shape: Shape) -> Work:
-    """A kernel over rows of tokens: bytes as counted by benchmarks/bytes_moved.py, programs of one size."""
-    from benchmarks.bytes_moved import bytes_moved
+    """A kernel over rows of tokens: bytes as counted by launches/bytes_moved.py, programs of one size."""
+    from benchmarks.launches.bytes_moved import bytes_moved
 
     moved = bytes_moved([launch])
     grid = launch.grid[0]
@@ -212,9 +186,9 @@ def _row_work(launch: Any, shape: Shape) -> Work:
 
 def _attention_work(launch: Any, shape: Shape) -> Work:
     """A kernel over scores, tile by tile; the delta pass streams rows."""
-    from benchmarks.bytes_moved import distinct_bytes
-    from benchmarks.direct import attention_problem
-    from benchmarks.launches import tensors
+    from benchmarks.launches.bytes_moved import distinct_bytes
+    from benchmarks.launches.direct import attention_problem
+    from benchmarks.launches.record import tensors
     from rgkernels._triton.attention_schedule import tile_table
 
     found, name, grid = launch.arguments, launch.name, launch.grid[0]
@@ -258,7 +232,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 def write_json(rows: list[dict[str, Any]], path: Path) -> None:
     """Predictions with their assumptions, commit and date, a row per line."""
-    from benchmarks.common import environment
+    from benchmarks.harness.timing import environment
 
     origin = environment(torch.device("cpu"))
     head = {"date": datetime.date.today().isoformat(), "commit": origin["commit"], "dirty": origin["dirty"]}

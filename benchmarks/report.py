@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.rows import Origin, Row, best_peer, cases, ceilings, grouped, is_ours, read_rows
+from benchmarks.reporting.rows import Origin, Row, best_peer, cases, ceilings, grouped, is_ours, read_rows
 from realgeneral.errors import Failure
 
 ROWS = Path("outputs") / "benchmarks.jsonl"
@@ -120,7 +120,7 @@ def section(origin: Origin, rows: list[Row], predictions: tuple[str, dict[tuple[
 
 def write_report(rows: list[Row], out: Path) -> Path:
     """Write report.md and its plots; returns the Markdown file."""
-    from benchmarks.plots import draw
+    from benchmarks.reporting.plots import draw
 
     out.mkdir(parents=True, exist_ok=True)
     sections, predictions = [], read_predictions(PREDICTIONS)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 BASELINE = Path(__file__).parent / "static_baseline.json"
-VARIANT_MODULES = ("benchmarks.static_variants", "benchmarks.static_variants_attention")
 
 # figure -> what a regression is
 MUST_NOT_GROW = ("spills", "stack", "registers", "shared", "narrow_loads", "narrow_stores")
@@ -45,7 +44,7 @@ Report = dict[str, dict[str, int]]
 
 def collect(match: tuple[str, ...] = ()) -> Report:
     """Compile every variant whose name holds all of `match`: "target/variant/kernel" -> figures."""
-    from benchmarks.binaries import compile_launch, figures
+    from benchmarks.launches.binaries import compile_launch, figures
 
     report: Report = {}
     for name, target, launch in named_launches(match):
@@ -59,14 +58,11 @@ def collect(match: tuple[str, ...] = ()) -> Report:
 
 
 def named_launches(match: tuple[str, ...] = ()) -> Iterator[tuple[str, str, Any]]:
-    """(name, target, launch) of every variant module that exists."""
-    import importlib
-    import importlib.util
+    """(name, target, launch) of every variant."""
+    from benchmarks.launches import variants, variants_attention
 
-    for module in VARIANT_MODULES:
-        if importlib.util.find_spec(module) is None:
-            continue
-        for variant, target, launches in importlib.import_module(module).variants():
+    for module in (variants, variants_attention):
+        for variant, target, launches in module.variants():
             seen: dict[str, int] = {}
             for launch in launches:
                 seen[launch.name] = seen.get(launch.name, 0) + 1

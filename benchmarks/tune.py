@@ -35,11 +35,11 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
-from benchmarks.builders import Builders
-from benchmarks.common import Case, default_device, environment, measure
-from benchmarks.direct import Call, prepare
-from benchmarks.launch_writer import write
-from benchmarks.shapes import SHAPES
+from benchmarks.harness.shapes import SHAPES
+from benchmarks.harness.timing import Case, default_device, environment, measure
+from benchmarks.launches.direct import Call, prepare
+from benchmarks.tuning.builders import Builders
+from benchmarks.tuning.launch_writer import write
 from rgkernels._triton.common import architecture
 from rgkernels._triton.launch_data import LAUNCHES, MEASURED
 from rgkernels._triton.launch_table import HeadTile, Launch, RowLoop, RowTile, ScoreTile, dtype_class, find, size_class

@@ -2,7 +2,7 @@
 
 import sys
 
-from realgeneral.cli import main
+from realgeneral.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +15,14 @@ from PIL import ExifTags, Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from realgeneral.errors import Failure
+from realgeneral.files import replacing
+
+
+def to_picture(pixels: torch.Tensor) -> Image.Image:
+    """[3, H, W] in [-1, 1] -> PIL RGB."""
+    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
+
 
 MAX_PIXELS = 100_000_000
 
@@ -98,18 +106,13 @@ def to_pixels(picture: Image.Image) -> Tensor:
 
 
 def save_picture(picture: Image.Image, path: str | os.PathLike[str], **options: object) -> None:
-    """Write a PNG under a temporary name, then rename: a reader never sees half a file. OSError names it."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    """Write a PNG whole or not at all; OSError names it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(partial, format="PNG", **options)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            picture.save(partial, format="PNG", **options)
     except OSError as error:
         error.filename = str(path)  # a full disk names none, other errors the temporary one
         raise
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def picture_grid(
@@ -124,7 +127,8 @@ def picture_grid(
         draw.text((left + column * (width + gap) + 2, 8), text, fill="black")
     for r, (row, label) in enumerate(zip(rows, labels, strict=True)):
         y = top + r * (height + gap)
-        draw.multiline_text((6, y + 4), label, fill="black")
+        lines = [line for paragraph in label.splitlines() for line in textwrap.wrap(paragraph, 26) or [""]]
+        draw.multiline_text((6, y + 4), "\n".join(lines), fill="black")
         for c, picture in enumerate(row):
             sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left + c * (width + gap), y))
     return sheet

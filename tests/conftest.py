@@ -16,12 +16,18 @@ from typing import Any
 import pytest
 import torch
 
+# before anything imports huggingface_hub: no test may touch the network
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # looks the factory functions up, once: they must be the originals, not those of `_poison`, or "meta" would allocate memory
 with torch.device("meta"):
     torch.empty(0)
+
+# a failed assertion of theirs is explained as one of a test is
+pytest.register_assert_rewrite("tests.realgeneral.helpers")
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 

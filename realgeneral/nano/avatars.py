@@ -6,23 +6,31 @@ Sources and licences: `assets/licenses/README.md`.
 from __future__ import annotations
 
 import io
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps
+from PIL import Image
 
-from realgeneral.nano.common import ASSETS
+from realgeneral.nano.assets import ASSETS
 from realgeneral.nano.emoji import of_split
-from realgeneral.records import BaseSource, Picture, Record, file_stamp
 
-PARQUET = ASSETS / "avatars.parquet"
+AVATARS_PARQUET = ASSETS / "avatars.parquet"
+
+
 SIZE = 64
+
+
 FACES = 6
+
+
 EYES = ("round", "happy", "closed", "winking", "sleepy", "angry")
+
+
 MOUTHS = ("smiling", "grinning", "open", "straight", "frowning", "wavy")
+
+
 BACKGROUNDS = {
     "white": "#ffffff",
     "red": "#c8323c",
@@ -35,10 +43,6 @@ BACKGROUNDS = {
     "grey": "#8c9096",
     "black": "#202228",
 }
-# Shares of training rows: target and reference on the same background; of those, the ones whose prompt leaves it out; mirrored.
-SAME_BACKGROUND, UNSAID, MIRRORED = 0.25, 0.5, 0.5
-# Share of white among the backgrounds.
-WHITE = 0.35
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def pack_faces(faces: Sequence[Image.Image]) -> bytes:
 def _load_all() -> tuple[Avatar, ...]:
     return tuple(
         Avatar(r["seed"], r["kind"], r["shape"], r["split"], tuple(r["eyes"]), tuple(r["mouths"]), r["faces"])
-        for r in pq.read_table(PARQUET).to_pylist()
+        for r in pq.read_table(AVATARS_PARQUET).to_pylist()
     )
 
 
@@ -111,68 +115,3 @@ def load_avatars(split: str | None = None) -> list[Avatar]:
         ValueError: If `split` is unknown.
     """
     return of_split(_load_all(), split)
-
-
-class AvatarSource(BaseSource):
-    """One row per avatar and face of a split; the reference is the same avatar with another face.
-
-    Args:
-        split: "train" or "held_out".
-        augment: Mirror at random; sometimes keep the reference's face or its background, and then perhaps say nothing of it.
-            Without it, face and background both change and the prompt tells all.
-        same_background: Without `augment`: the background stays, and the prompt tells it.
-    """
-
-    seeded = True  # the reference's face, and the backgrounds
-
-    def __init__(self, split: str, augment: bool = True, same_background: bool = False) -> None:
-        self.avatars = load_avatars(split)
-        self.augment, self.same_background = augment, same_background
-
-    def __len__(self) -> int:
-        return len(self.avatars) * FACES
-
-    def row_name(self, index: int) -> str:
-        """Seed and face."""
-        avatar, face = self._find(index)
-        return f"{avatar.seed} {avatar.caption(face, None)}"
-
-    def record(self, index: int, seed: int) -> Record:
-        """The avatar with a face, on a background, and a reference of the same avatar."""
-        avatar, face = self._find(index)
-        rng = random.Random(seed)
-        other, background, before = self._draw(face, rng)
-        said = None if self.augment and before == background and rng.random() < UNSAID else background
-        pictures = [avatar.image(face, background), avatar.image(other, before)]
-        if self.augment and rng.random() < MIRRORED:
-            pictures = [ImageOps.mirror(picture) for picture in pictures]
-        target, reference = map(Picture, pictures)
-        return Record(self.row_name(index), target, avatar.caption(face, said), subject=avatar.kind, reference=reference)
-
-    def states(self, index: int, seed: int) -> list[Image.Image]:
-        """The avatar of `record` with each of its faces, on the target's background."""
-        avatar, face = self._find(index)
-        _, background, _ = self._draw(face, random.Random(seed))
-        return [avatar.image(f, background) for f in range(FACES)]
-
-    def _draw(self, face: int, rng: random.Random) -> tuple[int, str, str]:
-        """The reference's face; the backgrounds of target and reference."""
-        other = rng.choice([f for f in range(FACES) if self.augment or f != face])
-        background, before = _background(rng), _background(rng)
-        if self.same_background or (self.augment and rng.random() < SAME_BACKGROUND):
-            return other, background, background
-        while not self.augment and before == background:
-            before = _background(rng)
-        return other, background, before
-
-    def _find(self, index: int) -> tuple[Avatar, int]:
-        avatar, face = divmod(index, FACES)
-        return self.avatars[avatar], face
-
-    def stamp(self) -> str:
-        """Of the packaged file, and the split."""
-        return f"{file_stamp([PARQUET])} {len(self)}"
-
-
-def _background(rng: random.Random) -> str:
-    return "white" if rng.random() < WHITE else rng.choice([name for name in BACKGROUNDS if name != "white"])

@@ -9,13 +9,14 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 import pyarrow.parquet as pq
 from PIL import Image
 
-PARQUET = Path(__file__).resolve().parent / "assets" / "emoji.parquet"
+from realgeneral.nano.assets import ASSETS
+
+EMOJI_PARQUET = ASSETS / "emoji.parquet"
 STYLE_WORDS = {
     "flat": "flat icon",
     "high_contrast": "black line icon",
@@ -69,7 +70,7 @@ class Concept:
 
 @lru_cache(maxsize=1)
 def _load_all() -> tuple[Concept, ...]:
-    rows = pq.read_table(PARQUET).to_pylist()
+    rows = pq.read_table(EMOJI_PARQUET).to_pylist()
     return tuple(
         Concept(
             codepoint=row["codepoint"],

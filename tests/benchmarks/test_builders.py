@@ -6,12 +6,12 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_gpu import ended
 
-from benchmarks.builders import Builders
+from benchmarks.tuning.builders import Builders
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +33,9 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_work_is_done_in_workers_until_time_is_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_work_is_done_in_workers_until_time_is_up(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], ended: Callable[[int], bool]
+) -> None:
     """All of it if there is time; what is late is neither waited for nor begun, and what still runs ends with the block."""
     with Builders(2) as builders:
         builders.run(work, [(tmp_path, name) for name in ("a", "raises", "b")], time.monotonic() + 60)
@@ -82,7 +84,7 @@ def test_without_workers_nothing_is_started(workers: int, tmp_path: Path) -> Non
 def test_a_program_ends_while_a_worker_does_not(tmp_path: Path) -> None:
     """The interpreter joins pools at exit: it must not wait for a long compilation."""
     (tmp_path / "program.py").write_text(
-        "import time\nfrom benchmarks.builders import Builders\n"
+        "import time\nfrom benchmarks.tuning.builders import Builders\n"
         "if __name__ == '__main__':\n"
         "    with Builders(2) as builders:\n"
         "        builders.run(time.sleep, [(600,)] * 9, time.monotonic() + 3)\n"

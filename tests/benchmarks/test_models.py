@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("diffusers")
 
 from benchmarks import bench_block, bench_generation, bench_training_step
-from benchmarks.models import CONFIGS, Provider, block_flops, build_model, config_of, model_inputs, providers
-from benchmarks.shapes import MODELS, SHAPES, Shape
-from realgeneral.adapter import add_lora
+from benchmarks.harness.models import CONFIGS, Provider, block_flops, build_model, config_of, model_inputs, providers
+from benchmarks.harness.shapes import MODELS, SHAPES, Shape
+from realgeneral.model.lora import add_lora
+from realgeneral.settings.train import LORA_TARGETS
 from rgkernels.testing import assert_within_reference_error
 
 CPU = torch.device("cpu")
@@ -130,7 +131,7 @@ def test_training_steps_agree() -> None:
     for name in ("split-sdpa", "stock"):
         for checkpointing in (False, True):
             model = model_of(NANO)
-            add_lora(model, 4)
+            add_lora(model, 4, None, LORA_TARGETS)
             model.train()
             if checkpointing:
                 model.enable_gradient_checkpointing()
@@ -188,7 +189,7 @@ def test_generation_flops(name: str) -> None:
 
 def test_training_flops() -> None:
     model = build_model(NANO, CPU, torch.float32)
-    add_lora(model, 1)
+    add_lora(model, 1, None, LORA_TARGETS)
     run = bench_training_step.training_run(Provider("split-sdpa"), model.train(), model_inputs(NANO, model))
     assert 0.9 < bench_training_step.flops(NANO, model.config.num_layers) / counted(run) <= 1.05
 

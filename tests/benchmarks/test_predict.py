@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks import predict
-from benchmarks.predict import MODES, VECTORS, Work, busiest, launched_work, least_work, times
-from benchmarks.shapes import SHAPES
+from benchmarks.harness.least_work import MODES, VECTORS, least_work
+from benchmarks.harness.shapes import SHAPES
+from benchmarks.predict import Work, busiest, launched_work, times
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import report
-from benchmarks.rows import best_peer, grouped, read_rows
+from benchmarks.reporting.rows import best_peer, grouped, read_rows
 from realgeneral.errors import Failure
 
 ROW: dict[str, Any] = {

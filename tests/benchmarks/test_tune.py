@@ -19,10 +19,11 @@ pytest.importorskip("triton")
 
 from triton.runtime.interpreter import InterpretedFunction
 
-from benchmarks import launch_writer, tune
-from benchmarks.builders import Builders
-from benchmarks.shapes import Shape
+from benchmarks import tune
+from benchmarks.harness.shapes import Shape
 from benchmarks.tune import TARGETS, Bench, Target, difference, is_faster, launched_as, neighbours, search
+from benchmarks.tuning import launch_writer
+from benchmarks.tuning.builders import Builders
 from rgkernels._triton.launch_data import LAUNCHES, MEASURED
 from rgkernels._triton.launch_table import KINDS, Launch, RowTile, ScoreTile, find, size_class
 

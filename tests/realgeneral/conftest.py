@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# before anything imports huggingface_hub: no test may touch the network
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import pytest
 import torch
-from checkpoints import GEOMETRIES, save_checkpoint
 from PIL import Image
 
 from realgeneral import RealGeneralPipeline
-from realgeneral.config import TrainConfig
+from realgeneral.model.vae import fold_single_frame
+from tests.realgeneral.helpers.accelerate import reset_accelerate
+from tests.realgeneral.helpers.checkpoints import GEOMETRIES, save_checkpoint
+from tests.realgeneral.helpers.nano_like import save_nano_like, shorten_captions
+from tests.realgeneral.helpers.pictures import make_photo
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,47 +64,28 @@ def photo() -> Image.Image:
     return make_photo()
 
 
-def make_photo(width: int = 96, height: int = 64, seed: int = 0) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    coarse = (torch.rand(5, 7, 3, generator=generator) * 255).byte().numpy()
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.NEAREST)
-
-
 @pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings per process; a trainer with other settings needs them gone."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    def reset() -> None:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        PartialState._reset_state()
-
-    reset()
+    reset_accelerate()
     yield
-    reset()
+    reset_accelerate()
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six captioned pictures."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for i in range(6):
-        make_photo(48, 32, i).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(["a red pot", "blue cat", "a fox on the table"][i % 3])
-    return folder
+def nano() -> RealGeneralPipeline:
+    """The packaged model with its adapter; tests only read it."""
+    pipe = RealGeneralPipeline.from_pretrained("nano", adapter="nano")
+    pipe.set_progress_bar_config(disable=True)
+    fold_single_frame(pipe.vae)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like nano's; tests only read it."""
+    return save_nano_like(tmp_path_factory.mktemp("assets"))
 
 
 @pytest.fixture
-def config(bases: dict[str, Path], data: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
-    """A few small steps on the 5B-like base, with changes."""
-
-    def make(output: str = "run", **changes: Any) -> TrainConfig:
-        settings: dict[str, Any] = {
-            "base": str(bases["5b"]), "data": str(data), "tasks": ["canny", "colouring"], "output": str(tmp_path / output),
-            "height": 16, "width": 32, "rank": 2, "alpha": 4.0, "steps": 6, "batch_size": 2, "warmup_steps": 2, "save_every": 2,
-            "keep_checkpoints": 9, "sample_count": 0, "learning_rate": 1e-2,
-        }  # fmt: skip
-        return TrainConfig(**{**settings, **changes})
-
-    return make
+def _captions_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten_captions(monkeypatch)

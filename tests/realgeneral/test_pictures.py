@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import os
 import random
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,22 +13,7 @@ from PIL import Image
 
 from realgeneral.errors import Failure
 from realgeneral.pictures import MAX_PIXELS, fit_picture, load_picture, picture_grid, save_picture, to_pixels
-
-
-def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header claims a huge picture."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+from tests.realgeneral.helpers.pictures import bomb, encoded
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP"])

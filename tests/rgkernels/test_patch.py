@@ -8,7 +8,6 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
-from checkpoints import GEOMETRIES, TEXT_WINDOW, save_checkpoint, tiny_transformer
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from peft import LoraConfig
@@ -16,25 +15,8 @@ from peft import LoraConfig
 import rgkernels
 from rgkernels._patch import FusedCogVideoXBlock
 from rgkernels.testing import assert_within_reference_error, outputs_and_grads
-
-FRAMES, HEIGHT, WIDTH = 4, 8, 12
-
-
-def clip_inputs(model: CogVideoXTransformer3DModel, seed: int = 0) -> dict[str, object]:
-    """Random inputs of a four-frame clip, with rotary tables where the geometry has them."""
-    generator = torch.Generator().manual_seed(seed)
-    config = model.config
-    frames = FRAMES // (config.patch_size_t or 1)
-    tokens = frames * (HEIGHT // 2) * (WIDTH // 2)
-    angles = torch.rand(tokens, config.attention_head_dim // 2, generator=generator).repeat_interleave(2, 1) * 6
-    rotary = (angles.cos(), angles.sin()) if config.use_rotary_positional_embeddings else None
-    return {
-        "hidden_states": torch.randn(2, FRAMES, config.in_channels, HEIGHT, WIDTH, generator=generator),
-        "encoder_hidden_states": torch.randn(2, TEXT_WINDOW, config.text_embed_dim, generator=generator),
-        "timestep": torch.tensor([3, 900]),
-        "image_rotary_emb": rotary,
-        "return_dict": False,
-    }
+from tests.realgeneral.helpers.checkpoints import GEOMETRIES, TEXT_WINDOW, save_checkpoint, tiny_transformer
+from tests.rgkernels.helpers.clips import clip_inputs
 
 
 def run(model: CogVideoXTransformer3DModel, inputs: dict[str, object], **extra: object) -> torch.Tensor:

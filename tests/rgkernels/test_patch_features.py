@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("diffusers")
-from checkpoints import tiny_transformer
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
-from patch_cases import ALL, CASES, DOC, NORMS, TIMESTEPS, Case, Clock, document
-from test_patch import clip_inputs
 
 import rgkernels
 from rgkernels import _patch
 from rgkernels.testing import assert_within_reference_error
+from tests.realgeneral.helpers.checkpoints import tiny_transformer
+from tests.rgkernels.helpers.clips import clip_inputs
+from tests.rgkernels.helpers.patch_cases import ALL, CASES, DOC, NORMS, TIMESTEPS, Case, Clock, document
 
 LAYERS = 4
 
@@ -255,5 +255,5 @@ def test_copies_of_a_patched_model(ran: Counter[str]) -> None:
 
 
 def test_the_table_of_the_docs_is_that_of_the_cases() -> None:
-    """`python tests/rgkernels/patch_cases.py` writes it."""
+    """`python -m tests.rgkernels.helpers.patch_cases` writes it."""
     assert document(DOC.read_text()) == DOC.read_text()

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.static_variants_attention import BUDGETS, MAX_SHARED
+from benchmarks.launches.variants_attention import BUDGETS, MAX_SHARED
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ("_attn_fwd_kernel", "_attn_bwd_delta_kernel", "_attn_bwd_dq_kernel", "_attn_bwd_dkdv_kernel")
@@ -24,7 +24,7 @@ def compiled(target: str, head_dim: int = 64, dtype: str = "bfloat16", **variant
     """Compile one forward and backward pass where Triton compiles: the test process itself interprets."""
     code = (
         "import json, sys, torch\n"
-        "from benchmarks.static_variants_attention import attention_figures\n"
+        "from benchmarks.launches.variants_attention import attention_figures\n"
         "target, head_dim, dtype, variant = json.loads(sys.argv[1])\n"
         "print(json.dumps(attention_figures(target, head_dim, getattr(torch, dtype), **variant)))\n"
     )

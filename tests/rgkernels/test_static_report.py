@@ -20,9 +20,9 @@ from rgkernels import SegmentLayout
 triton = pytest.importorskip("triton")
 
 from benchmarks import static_report  # noqa: E402  (needs triton)
-from benchmarks.bytes_moved import Bytes, bytes_moved, distinct_bytes  # noqa: E402
-from benchmarks.launches import Launch, record_launches  # noqa: E402
-from benchmarks.static_variants import BUDGETS, QK_BACKWARD_FROZEN_REGISTERS  # noqa: E402
+from benchmarks.launches.bytes_moved import Bytes, bytes_moved, distinct_bytes  # noqa: E402
+from benchmarks.launches.record import Launch, record_launches  # noqa: E402
+from benchmarks.launches.variants import BUDGETS, QK_BACKWARD_FROZEN_REGISTERS  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,8 +111,8 @@ def test_lengths_are_not_part_of_the_kernel() -> None:
     code = (
         "import torch\n"
         "from rgkernels import SegmentLayout\n"
-        "from benchmarks import static_variants as v\n"
-        "from benchmarks.binaries import specialise\n"
+        "from benchmarks.launches import variants as v\n"
+        "from benchmarks.launches.binaries import specialise\n"
         "def keys(*lengths):\n"
         "    v.LAYOUT = SegmentLayout(('a', 'b', 'c'), lengths)\n"
         "    found = v.norm_site_launches(64, torch.float16, True)\n"

@@ -1,0 +1,1 @@
+"""Tests of realgeneral, laid out as the package is."""

@@ -1,0 +1,88 @@
+"""WebDataset: how members make a row, and members that make none."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from realgeneral.data.sources.open import open_source
+from realgeneral.errors import Failure
+from tests.realgeneral.helpers.datasets import dataset, good_rows, picture, write_tar
+from tests.realgeneral.helpers.pictures import encoded, make_photo
+
+
+def test_webdataset_names(tmp_path: Path) -> None:
+    """KEY.png with KEY.txt in folders, and names with dots only after the key, as webdataset groups them."""
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        for name, data in (
+            ("x/1.jpg", encoded(make_photo(), "JPEG")),
+            ("x/1.txt", b"a pot"),
+            ("y/1.png", picture(0)),
+            ("y/1.txt", b"b"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    source = open_source(str(tmp_path / "d.tar"))
+    assert [source.row(i, 0).prompt for i in range(2)] == ["a pot", "b"]
+    assert source.row_name(0) == "d.tar x/1"
+
+
+def test_webdataset_conditions_are_numbered(tmp_path: Path) -> None:
+    """KEY.condition.0.png, ... are in the order of their numbers, not of their names: the place is the frame position."""
+    numbers = [3, 11, 0, 7, 2, 10, 1, 9, 5, 4, 8, 6]
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        members = [("0.target.png", picture(0)), ("0.txt", b"a pot")]
+        for name, data in members + [(f"0.condition.{i}.png", encoded(Image.new("RGB", (32, 16), (i, 0, 0)))) for i in numbers]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    (conditions,) = [open_source(str(tmp_path / "d.tar")).row(0, 0).conditions]
+    assert [image.getpixel((0, 0))[0] for image in conditions] == sorted(numbers)
+
+
+@pytest.mark.parametrize(
+    ("member", "data"),
+    [
+        ("00001.json", b"{broken"),
+        ("00001.json", b"5"),
+        ("00001.json", b'["a", "b"]'),
+        ("00001.json", b"\xff\xfe"),
+        ("00001.txt", b"\xff\xfe"),
+    ],
+)
+def test_bad_members_of_a_tar(tmp_path: Path, member: str, data: bytes) -> None:
+    """A broken json or txt member makes its sample a bad row and no crash."""
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        for name, content in (("00000.png", picture(0)), ("00000.txt", b"a"), ("00001.png", picture(1)), (member, data)):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    rows = dataset(str(tmp_path / "d.tar"))
+    assert {name.split(" must")[0] for n in range(4) for name in rows[n].skipped} == {"d.tar 00001"}
+
+
+def test_a_tar_whose_json_names_files(tmp_path: Path) -> None:
+    """File names in a json member are not pictures: only members are."""
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        described = json.dumps({"prompt": "a", "target": "x.png", "condition": "y.png"}).encode()
+        for name, content in (("0.target.png", picture(0)), ("0.json", described)):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert dataset(str(tmp_path / "d.tar"), strict=True)[0].prompt == "a"
+
+
+def test_compressed_tar_is_refused(tmp_path: Path) -> None:
+    """A gzip-compressed file named .tar cannot be read in place: it is named, not read as garbage rows."""
+    import gzip
+
+    path = Path(write_tar(tmp_path / "d", good_rows(2)))
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(Failure, match="uncompressed tar"):
+        open_source(str(path))

@@ -1,0 +1,131 @@
+"""What a call may be given, what its result must be, and which parts and LoRAs may take part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+
+from realgeneral import RealGeneralPipeline
+from realgeneral.errors import Failure, UsageError
+from realgeneral.model.adapter import save_adapter
+from realgeneral.model.adapter_info import adapter_info
+from tests.realgeneral.helpers.checkpoints import TEXT_WINDOW
+from tests.realgeneral.helpers.models import TASKS, trained_model
+from tests.realgeneral.helpers.pictures import make_photo
+from tests.realgeneral.helpers.pipelines import PROMPTS, alive, call, seeded
+
+# --- numbers, schedulers, parts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output_type", ["pil", "latent"])
+def test_results_are_finite(pipe: RealGeneralPipeline, photo: Image.Image, output_type: str) -> None:
+    """Guidance out of all proportion, and features that are NaN, end in a sentence and not in a black picture."""
+    alive(pipe)
+    with pytest.raises(Failure, match="must be finite, got NaN or infinity"):
+        call(pipe, "a red pot", photo, guidance_scale=1e38, num_inference_steps=3, output_type=output_type)
+    text = pipe.encode_prompt(["a red pot"], None, False, max_sequence_length=TEXT_WINDOW)[0]
+    text[0, 0, 0] = float("nan")
+    with pytest.raises(Failure, match="must be finite, got NaN or infinity"):
+        call(pipe, None, photo, prompt_embeds=text, output_type=output_type)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"generator": 3}, "generator must be a torch.Generator or a list of those, got 3"),
+        ({"generator": [3]}, r"generator must be a torch.Generator or a list of those, got \[3\]"),
+        ({"height": 64.0}, r"height must be a whole number, got 64\.0"),
+        ({"width": "96"}, "width must be a whole number, got '96'"),
+        ({"num_inference_steps": 2.0}, r"num_inference_steps must be a whole number, got 2\.0"),
+        ({"num_images_per_prompt": True}, "num_images_per_prompt must be a whole number, got True"),
+        ({"max_sequence_length": TEXT_WINDOW + 1}, f"max_sequence_length must be at most the base's {TEXT_WINDOW}, got 13"),
+        ({"guidance_scale": "6"}, "guidance_scale must be a number, got '6'"),
+        ({"image_guidance_scale": None}, "image_guidance_scale must be a number, got None"),
+        ({"task": 3}, "task must be a string, got 3"),
+        ({"attention_kwargs": 0.5}, r"attention_kwargs must be \{\"scale\": LoRA scale\}, got 0\.5"),
+    ],
+)
+def test_wrong_types(pipe: RealGeneralPipeline, photo: Image.Image, changes: dict[str, Any], message: str) -> None:
+    """Each names the argument, what it must be, and what came."""
+    with pytest.raises(UsageError, match=message):
+        call(pipe, "a red pot", photo, **changes)
+
+
+def test_generators_may_be_a_tuple(pipe: RealGeneralPipeline, photo: Image.Image) -> None:
+    """As a list."""
+    alive(pipe)
+    one, two = (call(pipe, PROMPTS, [photo, photo], generator=kind(seeded(1, 2))) for kind in (list, tuple))
+    assert torch.equal(one, two)
+
+
+def test_schedulers_that_lose_what_the_base_has(pipe: RealGeneralPipeline, photo: Image.Image) -> None:
+    """The shift of the signal-to-noise ratio, v-prediction, alphas at all: what would go unseen is refused by name."""
+    pipe = RealGeneralPipeline(
+        pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.transformer,
+        CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    call(pipe, "a red pot", photo)
+    pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
+    call(pipe, "a red pot", photo)
+    for kind in (EulerDiscreteScheduler, DDIMScheduler):
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+        with pytest.raises(UsageError, match=f"the base's snr_shift_scale 3, got {kind.__name__} with 1"):
+            call(pipe, "a red pot", photo)
+    pipe.scheduler = CogVideoXDDIMScheduler(snr_shift_scale=3.0)
+    with pytest.raises(UsageError, match="must have prediction_type 'v_prediction', got CogVideoXDDIMScheduler with 'epsilon'"):
+        call(pipe, "a red pot", photo)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(UsageError, match="must have alphas, as CogVideoXDDIMScheduler has, got FlowMatchEuler"):
+        call(pipe, "a red pot", photo)
+
+
+def test_a_pipeline_without_transformer(bases: dict[str, Path], photo: Image.Image) -> None:
+    """It loads, as diffusers' do, for its encoders; what needs the transformer says so."""
+    pipe = RealGeneralPipeline.from_pretrained(bases["5b"], transformer=None)
+    assert pipe.encode_prompt(["a red pot"], None, False, max_sequence_length=TEXT_WINDOW)[0].shape[1] == TEXT_WINDOW
+    with pytest.raises(UsageError, match="transformer must be there to generate"):
+        call(pipe, "a red pot", photo)
+    with pytest.raises(UsageError, match="transformer must be there to generate"):
+        pipe.encode_condition(photo, task="canny")
+
+
+# --- LoRAs beside ours ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_a_foreign_lora_beside_ours(bases: dict[str, Path], pipe: RealGeneralPipeline, tmp_path: Path) -> None:
+    """Both are active, and each changes the picture; an adapter of ours comes whole by the same door."""
+    model = trained_model(bases["5b"], "cached").float()
+    save_adapter(model, tmp_path / "ours", adapter_info(model, TASKS, "x"))
+    style = RealGeneralPipeline.from_pretrained(bases["5b"]).transformer
+    style.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    pipe.save_lora_weights(tmp_path / "style", get_peft_model_state_dict(style))
+
+    pipe.load_lora_weights(tmp_path / "ours")
+    assert pipe.adapter is not None
+    assert pipe.transformer.config.preset == "cached"
+    photo = make_photo()
+    ours = call(pipe, "a red pot", photo, generator=seeded(0))
+    pipe.load_lora_weights(tmp_path / "style", adapter_name="style")
+    assert set(pipe.transformer.active_adapters()) == {"default", "style"}
+    both = call(pipe, "a red pot", photo, generator=seeded(0))
+    pipe.transformer.set_adapters("style")
+    alone = call(pipe, "a red pot", photo, generator=seeded(0))
+    assert not torch.equal(both, ours)
+    assert not torch.equal(both, alone)
+    with pytest.raises(UsageError, match="an adapter of RealGeneral must be loaded without further arguments, got"):
+        pipe.load_lora_weights(tmp_path / "ours", adapter_name="other")

@@ -1,0 +1,117 @@
+"""Files written whole or not at all, and folders that one process at a time writes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from realgeneral.errors import Failure
+from realgeneral.files import file_digest, locked, replacing, write_text
+
+
+def test_replacing_a_file(tmp_path: Path) -> None:
+    """The new file takes the place of the old one at the end; after an error the old one stays, and nothing else does."""
+    path = tmp_path / "made" / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(FileNotFoundError), replacing(path) as partial:
+        partial.write_text("half") and (tmp_path / "nothing").read_text()
+    assert path.read_text() == "old"
+    with replacing(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_replacing_a_folder(tmp_path: Path) -> None:
+    """A folder with all that is in it; what a killed process left beside it is gone."""
+    folder = tmp_path / "a"
+    (folder / "old").mkdir(parents=True)
+    (tmp_path / "a.partial").mkdir()
+    (tmp_path / "a.partial" / "left").touch()
+    with replacing(folder) as partial:
+        partial.mkdir()
+        (partial / "new").touch()
+    assert [p.name for p in folder.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_shared_writers_do_not_meet(tmp_path: Path) -> None:
+    """Two at once write under names of their own; the last to end wins."""
+    path = tmp_path / "a"
+    with replacing(path, shared=True) as one, replacing(path, shared=True) as two:
+        assert one != two
+        one.write_text("one")
+        two.write_text("two")
+    assert path.read_text() == "one"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_digests_are_of_contents(tmp_path: Path) -> None:
+    """The known digest of nothing; one bit more is another."""
+    (tmp_path / "a").write_bytes(b"")
+    (tmp_path / "b").write_bytes(b"\x01")
+    assert file_digest(tmp_path / "a").startswith("e3b0c44298fc1c14")
+    assert file_digest(tmp_path / "a") != file_digest(tmp_path / "b")
+
+
+HOLDER = (
+    "import sys, time\nfrom realgeneral.files import locked\n"
+    "with locked(sys.argv[1], sys.argv[2]):\n    print('held', flush=True)\n    time.sleep(60)\n"
+)
+
+
+@pytest.mark.parametrize("name", ["", "000-of-002"])
+def test_a_folder_is_held_by_one_process(tmp_path: Path, name: str) -> None:
+    """The second is told which process holds it; one that was killed holds nothing; no file stays."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run"), name], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(
+                Failure, match=rf"run must be written by one process at a time, but process {holder.pid} on .* holds"
+            ),
+            locked(tmp_path / "run", name),
+        ):
+            pass
+        with locked(tmp_path / "run", "another"):
+            pass
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        assert holder.stdout is not None
+        holder.stdout.close()
+    with locked(tmp_path / "run", name):
+        assert len(os.listdir(tmp_path / "run")) == 1
+    assert os.listdir(tmp_path / "run") == []
+
+
+def test_many_processes_at_one_folder(tmp_path: Path) -> None:
+    """Eight that come and go: at no time do two of them hold it, and each gets it in the end."""
+    code = (
+        "import sys, os, time\nfrom pathlib import Path\n"
+        "from realgeneral.errors import Failure\nfrom realgeneral.files import locked\n"
+        "mark = Path(sys.argv[2])\n"
+        "for _ in range(20):\n"
+        "    while True:\n"
+        "        try:\n"
+        "            with locked(sys.argv[1]):\n"
+        "                os.close(os.open(mark, os.O_CREAT | os.O_EXCL))\n"
+        "                time.sleep(0.001)\n"
+        "                mark.unlink()\n"
+        "            break\n"
+        "        except Failure:\n"
+        "            time.sleep(0.001)\n"
+    )
+    began = time.monotonic()
+    command = [sys.executable, "-c", code, str(tmp_path / "run"), str(tmp_path / "mark")]
+    started = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(8)]
+    errors = [process.communicate(timeout=60)[1] for process in started]
+    assert errors == [""] * 8, f"after {time.monotonic() - began:.1f} s"
