@@ -40,15 +40,15 @@ def watching_hooks(module: nn.Module) -> list[str]:
 
 def refuse_hooks(name: str, module: nn.Module) -> None:
     """Raise if hooks look at a module whose forward the ops go past."""
-    names = watching_hooks(module) if is_hooked(module) else []
+    names = watching_hooks(module)
     if names:
         raise NotImplementedError(f"{name} must have no hooks where the ops of rgkernels run in its place, got {names}")
 
 
-def with_affine(norm: nn.Module, fn: Callable[[Tensor | None, Tensor | None], Any]) -> Any:
-    """`fn(norm.weight, norm.bias)`, with what places or casts the parameters of a LayerNorm around it."""
-    if not is_hooked(norm):
-        return fn(norm.weight, norm.bias)  # type: ignore[arg-type]
+def with_affine(norm: nn.Module, fn: Callable[[Tensor | None, Tensor | None, float], Any]) -> Any:
+    """`fn(weight, bias, eps)` of a LayerNorm, with what places, casts or trains its parameters around it (offload, PEFT)."""
+    if isinstance(norm, nn.LayerNorm) and not is_hooked(norm):
+        return fn(norm.weight, norm.bias, norm.eps)
     refuse_hooks(type(norm).__name__, norm)
     return norm(_Input(fn))
 
@@ -56,10 +56,10 @@ def with_affine(norm: nn.Module, fn: Callable[[Tensor | None, Tensor | None], An
 class _Input:
     """Goes through a LayerNorm's call in the tensor's place; where the norm would compute, `fn` gets its parameters."""
 
-    def __init__(self, fn: Callable[[Tensor | None, Tensor | None], Any]) -> None:
+    def __init__(self, fn: Callable[[Tensor | None, Tensor | None, float], Any]) -> None:
         self.fn = fn
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func is F.layer_norm
-        return args[0].fn(kwargs["weight"], kwargs["bias"])
+        return args[0].fn(kwargs["weight"], kwargs["bias"], kwargs["eps"])

@@ -72,8 +72,8 @@ def norm_site(
     # under autocast linear layers give half precision beside float32 tokens
     shift, scale, _ = (_widened(part, residual) for part in modulation)
 
-    def site(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        affine: dict[str, Any] = {"weight": weight, "bias": bias, "eps": norm.eps, "impl": impl}
+    def site(weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+        affine: dict[str, Any] = {"weight": weight, "bias": bias, "eps": eps, "impl": impl}
         if branch is None or gate is None:
             return residual, segment_adaln(residual, shift, scale, layout, **affine)
         pending = _widened(branch, residual), _widened(gate, residual)
@@ -92,9 +92,11 @@ def project_qkv(attn: Any, normed: Tensor, rotary: Rotary, impl: str) -> tuple[T
     q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)
     cos, sin, start = rotary
 
-    def norm_and_rotate(*affine: Tensor | None) -> tuple[Tensor, Tensor]:
-        weights = dict(zip(("q_weight", "q_bias", "k_weight", "k_bias"), affine, strict=True))
-        return qk_norm_rope(q, k, **weights, cos=cos, sin=sin, rope_start=start, eps=attn.norm_q.eps, impl=impl)
+    def norm_and_rotate(
+        q_weight: Tensor | None, q_bias: Tensor | None, eps: float, k_weight: Tensor | None, k_bias: Tensor | None, _: float
+    ) -> tuple[Tensor, Tensor]:
+        affine = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
+        return qk_norm_rope(q, k, **affine, cos=cos, sin=sin, rope_start=start, eps=eps, impl=impl)
 
     q, k = with_affine(attn.norm_q, lambda *of_q: with_affine(attn.norm_k, lambda *of_k: norm_and_rotate(*of_q, *of_k)))
     return q, k, v

@@ -89,7 +89,7 @@ class RealGeneralMixin(ModelMixin):  # type: ignore[misc]
         RealGeneral (arXiv 2503.10406), figure "Unified Stream DiT Block".
     """
 
-    # hooks on single layers never run: the ops read the norms' weights directly
+    # hooks on blocks never run: `run_block` goes past a block's forward
     _supports_group_offloading = False
 
     # --- what a family says ----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import rgkernels
 from rgkernels._patch import FusedCogVideoXBlock
 from rgkernels.testing import assert_within_reference_error, outputs_and_grads
 from tests.realgeneral.helpers.checkpoints import GEOMETRIES, TEXT_WINDOW, save_checkpoint, tiny_transformer
-from tests.rgkernels.clips import clip_inputs
+from tests.rgkernels.helpers.clips import clip_inputs
 
 
 def run(model: CogVideoXTransformer3DModel, inputs: dict[str, object], **extra: object) -> torch.Tensor:

@@ -18,11 +18,23 @@ from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 
 import rgkernels
-from rgkernels import _patch
+from rgkernels import SegmentLayout, _patch
+from rgkernels.cogvideox import Modulation, Rotary, block_forward
 from rgkernels.testing import assert_within_reference_error
 from tests.realgeneral.helpers.checkpoints import tiny_transformer
-from tests.rgkernels.clips import clip_inputs
-from tests.rgkernels.patch_cases import ALL, CASES, DOC, NORMS, TIMESTEPS, Case, Clock, document
+from tests.rgkernels.helpers.clips import clip_inputs
+from tests.rgkernels.helpers.patch_cases import (
+    ALL,
+    CASES,
+    DOC,
+    NORMS,
+    TIMESTEPS,
+    Case,
+    Clock,
+    OwnProcessor,
+    document,
+    double_output,
+)
 
 LAYERS = 4
 
@@ -254,6 +266,21 @@ def test_copies_of_a_patched_model(ran: Counter[str]) -> None:
     assert ran["norm_site"] == 2 * LAYERS * len(TIMESTEPS)
 
 
+def test_block_forward_names_what_it_would_go_past() -> None:
+    """RealGeneral's blocks run through it: segments and blocked pairs leave no call of `attn1` as stock makes it."""
+    block = make_model().transformer_blocks[0]
+    layout = SegmentLayout.of(text=3, target=5)
+    part = torch.zeros(1, 2, 64)
+    arguments = torch.zeros(1, 8, 64), None, None, *[Modulation(part, part, part)] * 2, layout, layout, Rotary()
+    block_forward(block, *arguments)
+    block.attn1.register_forward_hook(double_output)
+    with pytest.raises(NotImplementedError, match=r"attn1 must have .* no hooks here, got \['double_output'\]"):
+        block_forward(block, *arguments)
+    block.attn1.set_processor(OwnProcessor())
+    with pytest.raises(NotImplementedError, match=r"attn1 must have diffusers' own processor .*'OwnProcessor'"):
+        block_forward(block, *arguments)
+
+
 def test_the_table_of_the_docs_is_that_of_the_cases() -> None:
-    """`python tests/rgkernels/patch_cases.py` writes it."""
+    """`python -m tests.rgkernels.helpers.patch_cases` writes it."""
     assert document(DOC.read_text()) == DOC.read_text()

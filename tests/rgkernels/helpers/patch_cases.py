@@ -1,6 +1,6 @@
 """What people do to a CogVideoX before or after `rgkernels.patch`, and what then runs: the cases of `test_patch_features.py`.
 
-`python tests/rgkernels/patch_cases.py` writes them as the table of docs/inference.md.
+`python -m tests.rgkernels.helpers.patch_cases` writes them as the table of docs/inference.md.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from diffusers.hooks.smoothed_energy_guidance_utils import (
     _apply_smoothed_energy_guidance_hook,
 )
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LNTuningConfig, LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
-DOC = Path(__file__).parents[2] / "docs" / "inference.md"
-START, END = "<!-- patch table: written by tests/rgkernels/patch_cases.py -->\n", "<!-- end of the patch table -->\n"
+DOC = Path(__file__).parents[3] / "docs" / "inference.md"
+START, END = "<!-- patch table: written by tests/rgkernels/helpers/patch_cases.py -->\n", "<!-- end of the patch table -->\n"
 
 ALL = "norm sites, QK-norm, attention"
 NORMS = "norm sites; attention as stock"
@@ -120,6 +120,19 @@ def swap_lora(model: Any) -> None:
         model.load_lora_adapter(weights, prefix=None, adapter_name="default", hotswap=seed == 2)
     # the adapter came in float32
     model.to(model.proj_out.weight.dtype)
+
+
+def train_norms(config: Any) -> Callable[[Any], Any]:
+    """PEFT puts trained copies of norms into wrappers of its own."""
+
+    def apply(model: Any) -> None:
+        inject_adapter_in_model(config, model)
+        generator = torch.Generator().manual_seed(4)
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name or "ln_tuning" in name:
+                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+    return apply
 
 
 def fuse_and_return(model: Any) -> None:
@@ -289,6 +302,13 @@ CASES: dict[str, Case] = {
     "lora": Case(
         "LoRA, with or without hot-swap",
         swap_lora,
+    ),
+    "trained-norms": Case(
+        "Norms trained by PEFT (`modules_to_save`, LN tuning)",
+        train_norms(LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["norm", "norm_q"])),
+    ),
+    "ln-tuning": Case(
+        "Norms trained by PEFT (`modules_to_save`, LN tuning)", train_norms(LNTuningConfig(target_modules=["norm", "norm_q"]))
     ),
     "fused-qkv": Case("Fused QKV projections", lambda model: model.fuse_qkv_projections(), exact=True),
     "unfused-qkv": Case("Fused QKV taken off again, then a LoRA", fuse_and_return),

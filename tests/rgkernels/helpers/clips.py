@@ -1,4 +1,4 @@
-"""Inputs of a clip for tiny stock models."""
+"""Inputs of small CogVideoX models."""
 
 from __future__ import annotations
 
