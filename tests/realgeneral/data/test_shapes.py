@@ -47,6 +47,7 @@ def test_given_lists() -> None:
         ("wide", "buckets must be standard or HEIGHTxWIDTH such as 480x720, got 'wide'"),
         ("480x", "buckets must be standard or"),
         ("480x721", "sides of buckets must be positive multiples of 16 of at most 1360, got 480x721"),
+        ("9999999999999x480", "buckets must be standard or HEIGHTxWIDTH"),
         ("0x480", "positive multiples of 16"),
         ("480x1376", "of at most 1360, got 480x1376"),
     ],
