@@ -19,7 +19,7 @@ from PIL import Image
 from realgeneral.data.rows import Source
 from realgeneral.data.sources.folder import PICTURES
 from realgeneral.data.sources.open import open_source
-from realgeneral.errors import Failure, UsageError
+from realgeneral.errors import Failure, UsageError, escaped
 from realgeneral.pictures import load_picture
 
 DREAMBENCH_FILE = "prompts_and_classes.txt"
@@ -37,6 +37,7 @@ class Case:
         picture: Reads the picture that the condition is made from: the true one, or a reference of the subject.
         group: Cases of one group are not independent (pictures of one subject).
         subject: Words of the prompt that name the subject.
+        row: What messages call it, as every command does; its name unless given.
         references: All real pictures of the subject, files; empty for spatial tasks.
     """
 
@@ -46,6 +47,7 @@ class Case:
     group: str
     subject: str | None = None
     references: tuple[Path, ...] = ()
+    row: str = ""
 
 
 def repeated(cases: list[Case], times: int) -> list[Case]:
@@ -110,7 +112,8 @@ def captioned_cases(data: str, columns: Sequence[str] = ()) -> tuple[list[Case],
     cases, bad = [], []
     for i in range(len(source)):
         try:
-            cases.append(Case(f"{i:06d}", source.record(i, 0).prompt, partial(_target, source, i), str(i)))
+            prompt, row = source.record(i, 0).prompt, source.row_name(i)
+            cases.append(Case(f"{i:06d}", prompt, partial(_target, source, i), str(i), row=row))
         except Failure as error:
             bad.append(str(error))
     return cases, bad
@@ -143,16 +146,16 @@ def _coco_cases(folder: Path, listings: list[Path]) -> list[Case]:
     listing = next((p for p in usable if "val" in p.stem), usable[0])
     pictures = folder / listing.stem.removeprefix("captions_")
     try:
-        record = json.loads(listing.read_text(encoding="utf-8"))
+        record = json.loads(listing.read_text(encoding="utf-8-sig"))
         files = {int(image["id"]): str(image["file_name"]) for image in record["images"]}
         captions: dict[int, tuple[int, str]] = {}
         for note in record["annotations"]:
             entry = (int(note["id"]), str(note["caption"]).strip())
             captions[int(note["image_id"])] = min(entry, captions.get(int(note["image_id"]), entry))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Failure(f"{listing} must be COCO's JSON with images and annotations, got: {error!r}") from None
     cases = [
-        Case(Path(file).stem, captions[key][1], partial(load_picture, pictures / file), str(key))
+        Case(Path(file).stem, captions[key][1], partial(load_picture, pictures / file), str(key), row=escaped(file))
         for key, file in sorted(files.items())
         if key in captions
     ]

@@ -156,7 +156,7 @@ def test_bad_subject_folders(subjects: Path, tmp_path: Path) -> None:
         subject_cases(subjects)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"images": [{"id": 1}], "annotations": []}', '{"images": 3, "annotations": 4}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"images": [{"id": 1}], "annotations": []}', '{"images": 3, "annotations": 4}', "[" * 100_000, '{"images": [{"id": 1e999}], "annotations": []}'])
 def test_bad_coco(coco: Path, text: str) -> None:
     """Damaged annotations are one line that names the file."""
     (coco / "annotations" / "captions_val2017.json").write_text(text)
