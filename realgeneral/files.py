@@ -18,7 +18,6 @@ from typing import Any
 
 from realgeneral.errors import Failure, UsageError
 
-
 # a disk with less free than this is full: what could not be written to it had no room
 SPACE_BYTES = 2**20
 # what `replacing` writes into a folder that one process holds
@@ -120,6 +119,17 @@ def file_stamp(files: Iterable[Path]) -> str:
         except (OSError, ValueError) as error:  # a link to nothing, a name that is none: its row is told when it is read
             lines.append(f"{file.absolute()} {getattr(error, 'errno', None)}")
     return "\n".join(lines)
+
+
+def inside(path: Path, folder: Path) -> bool:
+    """Whether a path stays in a folder; links in the folder are its owner's, and may lead anywhere."""
+    place, root = path.absolute(), folder.absolute()
+    if ".." not in place.parts and place.is_relative_to(root):
+        return True
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # no name at all, or links in a circle
+        return False
 
 
 def check_output(path: str, file: bool = False) -> None:

@@ -123,7 +123,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
         Failure: Data or store cannot be read or written, or `strict` and a row is bad.
     """
     part, count = parse_shard(config.shard)
-    source = open_source(config.data, config.columns, repeats=False)
+    source = open_source(config.data, config.columns, repeats=False, allow_outside=config.allow_outside)
     pipe = load_for_data(config.base)
     plan = Plan.of(config, pipe)
     pairs = plan.dataset(source)

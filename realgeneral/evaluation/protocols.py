@@ -98,7 +98,7 @@ def protocol_cases(config: EvaluateConfig) -> tuple[list[Case], list[str]]:
     if config.protocol == "customization":
         cases, bad = subject_cases(Path(config.data)), list[str]()
     else:
-        cases, bad = captioned_cases(config.data, config.columns)
+        cases, bad = captioned_cases(config.data, config.columns, config.allow_outside)
     return chosen(repeated(cases, config.images_per_prompt), config.limit), bad
 
 
@@ -182,7 +182,9 @@ def _write(
         "bad_rows": bad,
         "results": {m: {name: score._asdict() for name, score in scores.items()} for m, scores in results.items()},
         "paper": paper_record(config.protocol),
-        "cases": [{"name": case.name, "row": case.row or case.name, "prompt": case.prompt, "group": case.group} for case in cases],
+        "cases": [
+            {"name": case.name, "row": case.row or case.name, "prompt": case.prompt, "group": case.group} for case in cases
+        ],
         "values": values,
     }
     write_json(output / "results.json", record)

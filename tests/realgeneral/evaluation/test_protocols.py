@@ -11,7 +11,7 @@ import pytest
 
 from realgeneral import RealGeneralPipeline
 from realgeneral.commands.cli import main
-from realgeneral.errors import Failure, UsageError
+from realgeneral.errors import Failure
 from realgeneral.evaluation import generator as generation
 from realgeneral.evaluation.evaluate import evaluate
 from realgeneral.evaluation.generator import read_settings
