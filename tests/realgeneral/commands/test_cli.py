@@ -456,6 +456,17 @@ def test_lazy_package() -> None:
         realgeneral.nothing  # noqa: B018
 
 
+def test_errors_of_the_system_are_words(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is told with the file, without a number."""
+
+    def full(config: Any) -> None:
+        raise OSError(28, "No space left on device", "out/a.png")
+
+    monkeypatch.setitem(cli.COMMANDS, "check-data", cli.COMMANDS["check-data"]._replace(run=full))
+    assert main(["check-data"]) == 1
+    assert capsys.readouterr().err == "realgeneral check-data: out/a.png: no space left on device\n"
+
+
 def test_names_that_the_terminal_cannot_print(tmp_path: Path) -> None:
     """In an encoding without their characters they are printed as escapes, and the run ends well."""
     make_photo().save(tmp_path / "a.png")
