@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,7 +16,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from realgeneral.errors import Failure
+from realgeneral.errors import Failure, UsageError
+
+# a disk with less free than this is full: what could not be written to it had no room
+SPACE_BYTES = 2**20
+# what `replacing` writes into a folder that one process holds
+WRITTEN = (".png", ".json", ".jsonl", ".md", ".safetensors", ".pt")
 
 
 @contextlib.contextmanager
@@ -38,6 +44,11 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
         if partial.is_dir():
             _remove(path)
         os.replace(partial, path)
+    except Exception as error:
+        if not isinstance(error, Failure | UsageError) and shutil.disk_usage(path.parent).free < SPACE_BYTES:
+            # torch and safetensors say it in words of their own, or not at all
+            raise OSError(errno.ENOSPC, "no space left on the device", str(path)) from error
+        raise
     finally:
         _remove(partial)
 
@@ -47,6 +58,7 @@ def locked(folder: str | os.PathLike[str], name: str = "") -> Iterator[None]:
     """Hold a folder, or the part `name` of it, for this process alone; it is made if it is missing.
 
     The lock is the operating system's on a file `.lock` (`.NAME.lock`), so that of a process that was killed is free at once.
+    Halves of files that such a process left in a folder held whole are removed.
 
     Raises:
         Failure: Another process holds it; the message says which.
@@ -57,6 +69,10 @@ def locked(folder: str | os.PathLike[str], name: str = "") -> Iterator[None]:
     try:
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        if not name:
+            for left in path.parent.rglob("*.partial"):
+                if left.stem.endswith(WRITTEN):
+                    _remove(left)
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -105,6 +121,17 @@ def file_stamp(files: Iterable[Path]) -> str:
     return "\n".join(lines)
 
 
+def inside(path: Path, folder: Path) -> bool:
+    """Whether a path stays in a folder; links in the folder are its owner's, and may lead anywhere."""
+    place, root = path.absolute(), folder.absolute()
+    if ".." not in place.parts and place.is_relative_to(root):
+        return True
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # no name at all, or links in a circle
+        return False
+
+
 def check_output(path: str, file: bool = False) -> None:
     """Failure unless `path` is a folder that can be written or made, or a file in one; makes nothing."""
     place = Path(path).absolute()
@@ -146,6 +173,18 @@ def decoded(data: bytes, name: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Failure(f"{name} must be UTF-8 text, got: {error}") from None
+
+
+def sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order: its writer has another one each time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        assert len(text) == size, "the same pairs take the same room"
+        file.seek(8)
+        file.write(text)
 
 
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:

@@ -103,7 +103,7 @@ def check_data(config: CheckDataConfig) -> dict[str, Any]:
         Failure: At least one row is bad, training would stop at a batch, or the data cannot be opened.
         UsageError: A setting does not fit the base.
     """
-    source = open_source(config.data, config.columns, repeats=False)
+    source = open_source(config.data, config.columns, repeats=False, allow_outside=config.allow_outside)
     pipe = load_for_data(config.base)
     plan = Plan.of(config, pipe)
     pairs = plan.dataset(source, one_size=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from realgeneral.errors import Failure, UsageError
+from realgeneral.errors import Failure, UsageError, escaped
 from realgeneral.settings.options import parse
 
 
@@ -51,10 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # the last line of defence: every error is one line, the traceback on demand
         if any(argument.partition("=")[0] == "--debug" for argument in rest):
             traceback.print_exc()
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(_words(error).split()) or type(error).__name__
         known = isinstance(error, (UsageError, Failure, OSError))
         print(f"realgeneral {command}: {text if known else f'{type(error).__name__}: {text}'}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def _words(error: Exception) -> str:
+    """An error's message; of a file, what the system says of it and its name."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return escaped(f"{os.fsdecode(error.filename)}: {error.strerror[0].lower()}{error.strerror[1:]}")
+    return str(error)
 
 
 def usage() -> str:

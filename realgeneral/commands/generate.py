@@ -23,6 +23,9 @@ from realgeneral.settings.sampling import GenerateConfig
 from realgeneral.tasks import get_task, mask_out
 from rgkernels import __version__
 
+# settings that are files or folders: a picture that is given away does not say where they lie
+FILES = ("condition", "picture", "mask", "adapter", "base")
+
 
 def generate(config: GenerateConfig) -> list[Path]:
     """Run `realgeneral generate`; returns the files written.
@@ -42,21 +45,26 @@ def generate(config: GenerateConfig) -> list[Path]:
         pipe.enable_model_cpu_offload()
     else:
         pipe.to(device)
-    images = pipe(
-        prompt,
-        conditions,
-        task=get_task(config.task).name,
-        subject=config.subject or None,
-        negative_prompt=negative or None,
-        height=height,
-        width=width,
-        num_inference_steps=config.steps,
-        guidance_scale=config.guidance_scale,
-        image_guidance_scale=config.image_guidance_scale,
-        num_images_per_prompt=config.num_images,
-        generator=[torch.Generator().manual_seed(config.seed + i) for i in range(config.num_images)],
-    ).images
-    return _write(images, config)
+    paths = _outputs(config)
+    for start in range(0, len(paths), config.batch_size):
+        numbers = range(start, min(start + config.batch_size, len(paths)))
+        images = pipe(
+            prompt,
+            conditions,
+            task=get_task(config.task).name,
+            subject=config.subject or None,
+            negative_prompt=negative or None,
+            height=height,
+            width=width,
+            num_inference_steps=config.steps,
+            guidance_scale=config.guidance_scale,
+            image_guidance_scale=config.image_guidance_scale,
+            num_images_per_prompt=len(numbers),
+            generator=[torch.Generator().manual_seed(config.seed + i) for i in numbers],
+        ).images
+        for i, image in zip(numbers, images, strict=True):
+            _write(image, paths[i], config, i)
+    return paths
 
 
 def prepare(config: GenerateConfig, device: torch.device) -> tuple[list[str], list[Image.Image], tuple[int, int]]:
@@ -125,15 +133,26 @@ def derive_condition(config: GenerateConfig, pipe: RealGeneralPipeline, width: i
     return pipe.derive_condition(picture, config.task, seed=seed, height=height, width=width)
 
 
-def _write(images: list[Image.Image], config: GenerateConfig) -> list[Path]:
+def _outputs(config: GenerateConfig) -> list[Path]:
+    """The files to write."""
     path = Path(config.output)
-    paths = [path] if len(images) == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(1, len(images) + 1)]
-    for i, (image, file) in enumerate(zip(images, paths, strict=True)):
-        # the settings that make this very image again, alone
-        info = PngInfo()
-        condition_seed = config.seed if _draws(config) and config.condition_seed < 0 else config.condition_seed
-        again = {"seed": config.seed + i, "condition_seed": condition_seed, "num_images": 1, "output": str(file)}
-        settings = {**asdict(config), **again}
-        info.add_text("realgeneral", json.dumps({**settings, "version": __version__}))
-        save_picture(image, file, pnginfo=info)
-    return paths
+    if config.num_images == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(1, config.num_images + 1)]
+
+
+def _write(image: Image.Image, file: Path, config: GenerateConfig, number: int) -> None:
+    """Write image `number` with the settings that make this very image again, alone."""
+    condition_seed = config.seed if _draws(config) and config.condition_seed < 0 else config.condition_seed
+    again = {"seed": config.seed + number, "condition_seed": condition_seed, "num_images": 1, "output": file.name}
+    settings = {name: _named(value) if name in FILES else value for name, value in asdict(config).items()}
+    info = PngInfo()
+    info.add_text("realgeneral", json.dumps({**settings, **again, "version": __version__}))
+    save_picture(image, file, pnginfo=info)
+
+
+def _named(value: str | list[str]) -> str | list[str]:
+    """Names of files and folders without where they lie; what is not there ("nano", an id of the hub) stays."""
+    if isinstance(value, list):
+        return [str(_named(item)) for item in value]
+    return Path(value).resolve().name if value and Path(value).exists() else value

@@ -38,7 +38,7 @@ def parse_shard(spec: str) -> tuple[int, int]:
     """(i, n) of "i/n", or of torchrun's RANK and WORLD_SIZE."""
     given = spec or f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
     part, _, count = given.partition("/")
-    if not (part.isdecimal() and count.isdecimal() and int(part) < int(count)):
+    if not (part.isdecimal() and count.isdecimal() and len(count) < 10 and int(part[:10]) < int(count)):
         raise UsageError(f'shard must be "i/n" with 0 <= i < n, got {given!r}')
     return int(part), int(count)
 
@@ -123,7 +123,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
         Failure: Data or store cannot be read or written, or `strict` and a row is bad.
     """
     part, count = parse_shard(config.shard)
-    source = open_source(config.data, config.columns, repeats=False)
+    source = open_source(config.data, config.columns, repeats=False, allow_outside=config.allow_outside)
     pipe = load_for_data(config.base)
     plan = Plan.of(config, pipe)
     pairs = plan.dataset(source)

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from realgeneral.data.rows import Source
 from realgeneral.errors import Failure, UsageError
 from realgeneral.files import replacing
+from realgeneral.settings.options import MOST
 
 Size = tuple[int, int]  # width, height
 # raised when a size is read in another way, so that what was kept before is not found any more
@@ -65,13 +66,13 @@ def bucket_sizes(
             sizes.update(dict.fromkeys(standard_sizes(*size, multiple, sides)))
             continue
         parts = spec.lower().split("x")
-        if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        if len(parts) != 2 or not all(part.isdecimal() and len(part) < 10 for part in parts):
             raise UsageError(f"buckets must be standard or HEIGHTxWIDTH such as 480x720, got {spec!r}")
         height, width = map(int, parts)
         for side in (height, width):
-            if side < multiple or side % multiple or side > (limit or side):
-                most = f" of at most {limit}" if limit else ""
-                raise UsageError(f"sides of buckets must be positive multiples of {multiple}{most}, got {spec}")
+            if side < multiple or side % multiple or side > (limit or MOST["height"]):
+                most = limit or MOST["height"]
+                raise UsageError(f"sides of buckets must be positive multiples of {multiple} of at most {most}, got {spec}")
         sizes[width, height] = None
     return tuple(sorted(sizes))
 

@@ -178,7 +178,7 @@ def read_settings(folder: Path) -> StoreSettings:
         return StoreSettings(**{f.name: described[f.name] for f in fields(StoreSettings)})
     except FileNotFoundError:
         raise Failure(f"precomputed must be a folder that realgeneral precompute wrote, got {folder}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Failure(f"{path} must be as realgeneral precompute wrote it, got: {error!r}") from None
 
 
@@ -209,7 +209,7 @@ def read_indexes(folder: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
                 found = f"{tensors.stat().st_size} bytes instead of {size}" if tensors.is_file() else "no such file"
                 raise _damaged(tensors, found)
             yield path, {"entries": entries, "bad": index["bad"]}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _damaged(path.with_suffix(".safetensors"), f"a damaged index: {error!r}") from None
 
 

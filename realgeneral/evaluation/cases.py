@@ -19,7 +19,8 @@ from PIL import Image
 from realgeneral.data.rows import Source
 from realgeneral.data.sources.folder import PICTURES
 from realgeneral.data.sources.open import open_source
-from realgeneral.errors import Failure, UsageError
+from realgeneral.errors import Failure, UsageError, escaped
+from realgeneral.files import inside
 from realgeneral.pictures import load_picture
 
 DREAMBENCH_FILE = "prompts_and_classes.txt"
@@ -37,6 +38,7 @@ class Case:
         picture: Reads the picture that the condition is made from: the true one, or a reference of the subject.
         group: Cases of one group are not independent (pictures of one subject).
         subject: Words of the prompt that name the subject.
+        row: What messages call it, as every command does; its name unless given.
         references: All real pictures of the subject, files; empty for spatial tasks.
     """
 
@@ -46,6 +48,7 @@ class Case:
     group: str
     subject: str | None = None
     references: tuple[Path, ...] = ()
+    row: str = ""
 
 
 def repeated(cases: list[Case], times: int) -> list[Case]:
@@ -87,7 +90,7 @@ def subject_cases(folder: Path) -> list[Case]:
     return cases
 
 
-def captioned_cases(data: str, columns: Sequence[str] = ()) -> tuple[list[Case], list[str]]:
+def captioned_cases(data: str, columns: Sequence[str] = (), allow_outside: bool = False) -> tuple[list[Case], list[str]]:
     """One case per captioned picture of a COCO-shaped folder, or of any training data (`open_source`); no picture is decoded.
 
     COCO's shape is `annotations/captions_SPLIT.json` beside the folder `SPLIT` of pictures; val2017 is taken if there are
@@ -105,12 +108,13 @@ def captioned_cases(data: str, columns: Sequence[str] = ()) -> tuple[list[Case],
     if listings:
         if columns:
             raise UsageError(f"columns must not be given for a COCO-shaped folder, got {list(columns)} for {data}")
-        return _coco_cases(path, listings), []
-    source = open_source(data, columns, repeats=False)
+        return _coco_cases(path, listings, allow_outside), []
+    source = open_source(data, columns, repeats=False, allow_outside=allow_outside)
     cases, bad = [], []
     for i in range(len(source)):
         try:
-            cases.append(Case(f"{i:06d}", source.record(i, 0).prompt, partial(_target, source, i), str(i)))
+            prompt, row = source.record(i, 0).prompt, source.row_name(i)
+            cases.append(Case(f"{i:06d}", prompt, partial(_target, source, i), str(i), row=row))
         except Failure as error:
             bad.append(str(error))
     return cases, bad
@@ -135,7 +139,7 @@ def _target(source: Source, index: int) -> Image.Image:
         raise Failure(f"{record.name}: {error}") from None
 
 
-def _coco_cases(folder: Path, listings: list[Path]) -> list[Case]:
+def _coco_cases(folder: Path, listings: list[Path], allow_outside: bool) -> list[Case]:
     usable = [p for p in listings if (folder / p.stem.removeprefix("captions_")).is_dir()]
     if not usable:
         wanted = [str(folder / p.stem.removeprefix("captions_")) for p in listings]
@@ -143,16 +147,21 @@ def _coco_cases(folder: Path, listings: list[Path]) -> list[Case]:
     listing = next((p for p in usable if "val" in p.stem), usable[0])
     pictures = folder / listing.stem.removeprefix("captions_")
     try:
-        record = json.loads(listing.read_text(encoding="utf-8"))
+        record = json.loads(listing.read_text(encoding="utf-8-sig"))
         files = {int(image["id"]): str(image["file_name"]) for image in record["images"]}
         captions: dict[int, tuple[int, str]] = {}
         for note in record["annotations"]:
             entry = (int(note["id"]), str(note["caption"]).strip())
             captions[int(note["image_id"])] = min(entry, captions.get(int(note["image_id"]), entry))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Failure(f"{listing} must be COCO's JSON with images and annotations, got: {error!r}") from None
+    for file in () if allow_outside else files.values():
+        if not inside(pictures / file, pictures):
+            raise Failure(
+                f"{listing} must name pictures inside {pictures}, got {file!r}; --allow-outside reads it all the same"
+            )
     cases = [
-        Case(Path(file).stem, captions[key][1], partial(load_picture, pictures / file), str(key))
+        Case(Path(file).stem, captions[key][1], partial(load_picture, pictures / file), str(key), row=escaped(file))
         for key, file in sorted(files.items())
         if key in captions
     ]

@@ -98,7 +98,7 @@ def protocol_cases(config: EvaluateConfig) -> tuple[list[Case], list[str]]:
     if config.protocol == "customization":
         cases, bad = subject_cases(Path(config.data)), list[str]()
     else:
-        cases, bad = captioned_cases(config.data, config.columns)
+        cases, bad = captioned_cases(config.data, config.columns, config.allow_outside)
     return chosen(repeated(cases, config.images_per_prompt), config.limit), bad
 
 
@@ -109,9 +109,17 @@ def prepared(
     window = pipe.transformer.geometry.text_window
     if config.truncate_prompts:
         cases = [replace(case, prompt=cut_prompt(pipe.tokenizer, case.prompt, window)) for case in cases]
+    problems: dict[str, str] = {}
     for case in cases:
-        pipe.check_prompts([case.prompt], window, f" of {case.name}; --truncate-prompts cuts it")
-    if config.protocol != "customization":  # DreamBench's pictures are the benchmark: none may be missing
+        try:
+            pipe.check_prompts([case.prompt], window, "; --truncate-prompts cuts it")
+        except UsageError as error:
+            problem = f"{case.row or case.name}: {error}"
+            if config.protocol == "customization":  # DreamBench is the benchmark: none of it may be missing
+                raise UsageError(problem) from None
+            problems[case.group] = problem
+    cases, bad = [case for case in cases if case.group not in problems], [*bad, *problems.values()]
+    if config.protocol != "customization":
         cases, unreadable = readable(cases)
         bad = [*bad, *unreadable]
     if not cases:
@@ -174,7 +182,9 @@ def _write(
         "bad_rows": bad,
         "results": {m: {name: score._asdict() for name, score in scores.items()} for m, scores in results.items()},
         "paper": paper_record(config.protocol),
-        "cases": [{"name": case.name, "prompt": case.prompt, "group": case.group} for case in cases],
+        "cases": [
+            {"name": case.name, "row": case.row or case.name, "prompt": case.prompt, "group": case.group} for case in cases
+        ],
         "values": values,
     }
     write_json(output / "results.json", record)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from realgeneral.errors import Failure, UsageError
-from realgeneral.files import replacing
+from realgeneral.files import replacing, sort_metadata
 from realgeneral.model.adapter_info import AdapterInfo, check_fits, trained_on
 from realgeneral.model.cogvideox import RealGeneralTransformer3DModel
 from realgeneral.model.lora import lora_layers, mark_trainable, target_layers
@@ -63,6 +63,7 @@ def write_files(
 
 def _write(tensors: Tensors, path: Path, metadata: dict[str, str]) -> None:
     save_file(tensors, path, {**metadata, DIGEST_KEY: _digest(tensors, metadata)})
+    sort_metadata(path)
     # safetensors makes private files; these get the mode of any other new file
     umask = os.umask(0)
     os.umask(umask)

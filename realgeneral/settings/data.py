@@ -16,6 +16,7 @@ COLUMNS_HELP = (
     "FIELD=COLUMN[:CROP] for target, prompt, condition, task, subject; a .json or .yaml file of those; "
     "or subjects200k, multigen-depth, controlnet"
 )
+OUTSIDE_HELP = "pictures that a listing names may lie outside the folder of the data"
 BUCKETS_HELP = (
     '"standard" and HEIGHTxWIDTH: batches of one size and number of conditions from mixed pictures; none = one size for all'
 )
@@ -28,6 +29,7 @@ class DataSettings(Settings):
     base: str = option('CogVideoX checkpoint (folder or hub id), or "nano"', "nano", group="base")
     data: str = option(DATA_HELP, "nano", group="data")
     columns: list[str] = option(COLUMNS_HELP, many=())
+    allow_outside: bool = option(OUTSIDE_HELP, False)
     tasks: list[str] = option('task specs such as canny or "deblurring:radius=16"; rows that name a task use it', many=())
     height: int = option("pixels; 0 = the base's own size", 0)
     width: int = option("pixels; 0 = the base's own size", 0)

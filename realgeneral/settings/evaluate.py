@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from realgeneral.errors import UsageError
-from realgeneral.settings.data import COLUMNS_HELP
+from realgeneral.settings.data import COLUMNS_HELP, OUTSIDE_HELP
 from realgeneral.settings.options import TRUNCATE_HELP, Settings, check_at_least_one, given, option
 from realgeneral.settings.sampling import GUIDANCE, GUIDANCE_HELP, IMAGE_GUIDANCE, IMAGE_GUIDANCE_HELP, STEPS_HELP
 
@@ -16,7 +16,7 @@ _FOLDERS = ("customization", *_SPATIAL)
 ONLY_FOR = {
     **dict.fromkeys(("tasks", "concepts", "split"), ("nano",)),
     **dict.fromkeys("data images_per_prompt limit truncate_prompts height width dtype offload".split(), _FOLDERS),
-    **dict.fromkeys(("columns", "fid_features"), _SPATIAL),
+    **dict.fromkeys(("columns", "allow_outside", "fid_features"), _SPATIAL),
     **dict.fromkeys(("clip", "dino"), ("customization",)),
     "depth_model": ("depth",),
 }
@@ -41,6 +41,7 @@ class EvaluateConfig(Settings):
         group="data and encoders of a protocol",
     )
     columns: list[str] = option(f"canny, depth: as in training, {COLUMNS_HELP}", many=())
+    allow_outside: bool = option(f"canny, depth: {OUTSIDE_HELP}", False)
     clip: str = option("customization: CLIP model (folder or hub id) of CLIP-I and CLIP-T", "")
     dino: str = option("customization: image model (folder or hub id) of the DINO score", "")
     depth_model: str = option("depth: transformers depth model (folder or hub id) of the condition and of the MSE", "")

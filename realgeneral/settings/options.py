@@ -14,6 +14,15 @@ from realgeneral.errors import UsageError
 
 # NumPy's largest; a seed's products with sample and epoch numbers then fit in PyTorch's 64 bits
 MAX_SEED = 2**32 - 1
+# no setting that takes memory or processes by its number is larger in earnest; of any other whole number, 32 bits
+MOST = {
+    **dict.fromkeys(("height", "width"), 2**14),
+    **dict.fromkeys(
+        ("num_images", "images_per_prompt", "batch_size", "encode_batch", "variants", "rank", "sample_count"), 10_000
+    ),
+    "shard_megabytes": 2**16,
+    "num_workers": 512,
+}
 TRUNCATE_HELP = "cut prompts that are longer than the base's text window (nano: 16 tokens); otherwise they are refused"
 
 S = TypeVar("S", bound="Settings")
@@ -146,6 +155,9 @@ class Settings:
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, float) and not math.isfinite(number):
                     raise UsageError(f"{item.name} must be finite, got {number}")
+            most = MOST.get(item.name, 2**31 - 1)
+            if type(value) is int and "seed" not in item.name and value > most:
+                raise UsageError(f"{item.name} must be at most {most}, got {value}")
         for name, least in (("seed", 0), ("condition_seed", -1)):
             seed = getattr(self, name, least)
             if not least <= seed <= MAX_SEED:

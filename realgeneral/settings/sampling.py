@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from realgeneral.errors import UsageError
-from realgeneral.settings.options import TRUNCATE_HELP, Settings, check_at_least_one, option, refuse_unused
+from realgeneral.settings.options import MAX_SEED, TRUNCATE_HELP, Settings, check_at_least_one, option, refuse_unused
 
 # denoising steps and guidance of nano, one scale on prompt and condition, and that for customization; how they were chosen:
 # docs/results.md
@@ -55,6 +55,7 @@ class GenerateConfig(Settings):
     guidance_scale: float | None = option(f"{GUIDANCE_HELP}; {GUIDANCE} for other bases")
     image_guidance_scale: float | None = option(f"{IMAGE_GUIDANCE_HELP}; {IMAGE_GUIDANCE} for other bases")
     num_images: int = option("images to make; image i has seed + i", 1)
+    batch_size: int = option("images at once", 4)
     seed: int = option("random seed", 0)
     condition_seed: int = option("seed of a condition with a random part (the hole of inpainting); -1 = --seed", -1)
     dtype: Literal["float32", "bfloat16", "float16"] = option("dtype of the models", "float32", group="memory and speed")
@@ -69,7 +70,11 @@ class GenerateConfig(Settings):
                 raise UsageError(f"--{name} must be given, got none")
         for name, value in zip(("steps", "guidance_scale", "image_guidance_scale"), sampling(self, self.task), strict=True):
             object.__setattr__(self, name, value)
-        check_at_least_one(self, "steps", "num_images", "image_guidance_scale")
+        check_at_least_one(self, "steps", "num_images", "batch_size", "image_guidance_scale")
+        if self.seed + self.num_images - 1 > MAX_SEED:
+            raise UsageError(
+                f"seed of the last image must be at most {MAX_SEED}, got {self.seed} for the first of {self.num_images}"
+            )
         if self.condition and ":" in self.task:
             raise UsageError(f"task options have no effect with --condition, which is taken as it is, got {self.task!r}")
         assert self.guidance_scale is not None

@@ -125,8 +125,8 @@ class TrainConfig(DataSettings):
 # per optimizer step must stay the same, over however many processes and micro-steps; so must what `checkpoint.check_data` looks
 # at in data and store, wherever they are
 RESUMABLE = frozenset(
-    "data precomputed variants output resume debug save_every keep_checkpoints sample_every sample_count sample_steps "
-    "guidance_scale log_every num_workers strict tensorboard tracker fused_kernels gradient_checkpointing engine "
+    "data allow_outside precomputed variants output resume debug save_every keep_checkpoints sample_every sample_count "
+    "sample_steps guidance_scale log_every num_workers strict tensorboard tracker fused_kernels gradient_checkpointing engine "
     "deepspeed_config gradient_accumulation_steps".split()
 )
 # what may change a run on purpose, to get past a step where it diverged: told when it does

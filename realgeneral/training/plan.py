@@ -184,6 +184,12 @@ def check_training(config: TrainConfig, source: Source, device: torch.device) ->
     """
     check_kernels(config.fused_kernels, device)
     check_optimizer(config, device)
+    if config.warmup_steps > config.steps and not device.index:
+        print(
+            f"warmup_steps is {config.warmup_steps} and the run has {config.steps} steps: "
+            f"the learning rate ends at {config.steps / config.warmup_steps:.2g} of --learning-rate",
+            flush=True,
+        )
     base = open_base(config.base)
     if config.init_adapter:
         check_fits(base.transformer, read_adapter_info(config.init_adapter), config.preset)

@@ -115,7 +115,7 @@ def open_run(config: TrainConfig, engine: Engine, lock: contextlib.ExitStack) ->
         start = int(resumed.name.removeprefix("step-")) if resumed else 0
     agree_on_start(engine, output, start)
     with engine.together():
-        source = open_source(config.data, config.columns)
+        source = open_source(config.data, config.columns, allow_outside=config.allow_outside)
         # a checkpoint has all of the adapter that its run started from
         begun = replace(config, init_adapter=str(resumed)) if resumed and config.init_adapter else config
         check_training(begun, source, engine.device)

@@ -10,7 +10,7 @@ from typing import Any
 from realgeneral.data.columns import ColumnMap
 from realgeneral.data.rows import BaseSource, Picture, Record, check_text, make_record
 from realgeneral.errors import Failure, UsageError, escaped
-from realgeneral.files import decoded, file_stamp
+from realgeneral.files import decoded, file_stamp, inside
 
 # what Pillow decodes by itself: no documents and videos, and nothing that it hands to another program
 PICTURES = tuple(
@@ -25,11 +25,12 @@ _USUAL = {"target": ("file_name", "image", "image_path", "path", "file"), "promp
 class FolderSource(BaseSource):
     """A folder with `metadata.jsonl`, or with pictures and a .txt caption of the same name beside each.
 
-    Keys of metadata.jsonl: target, prompt, and optionally condition (one or a list), task, subject; paths relative to it.
+    Keys of metadata.jsonl: target, prompt, and optionally condition (one or a list), task, subject; paths relative to it, and
+    outside the folder only with `allow_outside`, since a listing may be a stranger's.
     """
 
-    def __init__(self, folder: Path, columns: ColumnMap) -> None:
-        self.folder, self.columns = folder, columns
+    def __init__(self, folder: Path, columns: ColumnMap, allow_outside: bool = False) -> None:
+        self.folder, self.columns, self.allow_outside = folder, columns, allow_outside
         listing = folder / "metadata.jsonl"
         if listing.is_file():
             lines = decoded(listing.read_bytes(), str(listing)).split("\n")
@@ -94,7 +95,10 @@ class FolderSource(BaseSource):
 
     def _picture(self, value: Any) -> Picture:
         check_text("path", str(value))
-        return Picture(self.folder / str(value))
+        path = self.folder / str(value)
+        if not (self.allow_outside or inside(path, self.folder)):
+            raise Failure(f"path must be inside {self.folder}, got {str(value)!r}; --allow-outside reads it all the same")
+        return Picture(path)
 
 
 def _left_out(files: Sequence[Path], stems: set[str]) -> tuple[str, ...]:

@@ -20,7 +20,14 @@ from realgeneral.data.sources.tar import TarSource
 from realgeneral.errors import Failure, UsageError, escaped
 
 
-def open_source(path: str, columns: Sequence[str] = (), *, repeats: bool = True, groups: RowGroups | None = None) -> Source:
+def open_source(
+    path: str,
+    columns: Sequence[str] = (),
+    *,
+    repeats: bool = True,
+    groups: RowGroups | None = None,
+    allow_outside: bool = False,
+) -> Source:
     """Open training data by what its path is.
 
     Args:
@@ -30,32 +37,33 @@ def open_source(path: str, columns: Sequence[str] = (), *, repeats: bool = True,
         columns: As `parse_columns` takes them.
         repeats: Whether a list's rows are there as often as it says, or once.
         groups: Where parquet files keep what they read last; default: their own.
+        allow_outside: Whether metadata.jsonl may name pictures outside its folder.
 
     Raises:
         Failure: No such file, or no rows in it.
         UsageError: Not a kind of data that is known, or a column map that is wrong.
     """
-    source = _open_any(path, columns, repeats, RowGroups() if groups is None else groups)
+    source = _open_any(path, columns, repeats, RowGroups() if groups is None else groups, allow_outside)
     for note in source.notes:
         print(f"{escaped(path)}: {note}", file=sys.stderr, flush=True)
     return source
 
 
-def _open_any(path: str, columns: Sequence[str], repeats: bool, groups: RowGroups) -> Source:
+def _open_any(path: str, columns: Sequence[str], repeats: bool, groups: RowGroups, allow_outside: bool) -> Source:
     a_list = path.lower().endswith(".json") and not Path(path).is_dir()
     if columns and (path in BUILT_IN or a_list):
         raise UsageError(f"columns must not be given for {path}, got {list(columns)}")
     if path in BUILT_IN:
         return built_in(path, "train")
     if a_list and Path(path).is_file():
-        return _open_list(Path(path), repeats)
-    source = _open(path, parse_columns(columns), groups)
+        return _open_list(Path(path), repeats, allow_outside)
+    source = _open(path, parse_columns(columns), groups, allow_outside)
     if len(source) == 0:
         raise Failure("; ".join([f"data must hold at least one row, got none in {path}", *source.notes]))
     return source
 
 
-def _open(path: str, columns: ColumnMap, groups: RowGroups) -> Source:
+def _open(path: str, columns: ColumnMap, groups: RowGroups, allow_outside: bool) -> Source:
     place = Path(path)
     if path.startswith("hf:") or (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():
         return open_huggingface(path, columns)
@@ -75,15 +83,15 @@ def _open(path: str, columns: ColumnMap, groups: RowGroups) -> Source:
             raise UsageError(f"data must be a folder of pictures or of shards, got {path} with both, such as {shards[0].name}")
         if shards:
             return _open_shards(shards, columns, groups)
-    return FolderSource(place, columns)
+    return FolderSource(place, columns, allow_outside)
 
 
-def _open_list(path: Path, repeats: bool) -> Source:
+def _open_list(path: Path, repeats: bool, allow_outside: bool) -> Source:
     entries, groups, sources = read_entries(path), RowGroups(), []
     for i, entry in enumerate(entries, 1):
         columns = [str(path.parent / c) if c.endswith((".json", ".yaml", ".yml")) else c for c in entry.columns]
         try:
-            sources.append(_open_any(_beside(path, entry.data), columns, True, groups))
+            sources.append(_open_any(_beside(path, entry.data), columns, True, groups, allow_outside))
         except (UsageError, Failure) as error:
             raise type(error)(f"{path} entry {i}: {error}") from None
     return Mixture(entries, sources, repeats)

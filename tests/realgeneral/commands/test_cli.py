@@ -194,7 +194,10 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) 
         (["check-data", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["check-data", "--num-workers", "-1"], "num_workers must not be negative, got -1"),
         (["check-data", "--columns", "picture=x", "--data", "."], "field of --columns must be one of"),
-        (["check-data", "--base", "nano", "--buckets", "60x60"], "sides of buckets must be positive multiples of 8, got 60x60"),
+        (
+            ["check-data", "--base", "nano", "--buckets", "60x60"],
+            "sides of buckets must be positive multiples of 8 of at most 16384, got 60x60",
+        ),
         (["train", "--weight-decay", "nan"], "weight_decay must be finite, got nan"),
         (["train", "--learning-rate", "inf"], "learning_rate must be finite, got inf"),
         (["train", "--tasks", "canny", "--task-weights", "nan"], "task_weights must be finite, got nan"),
@@ -347,7 +350,7 @@ def test_offload_without_a_gpu(work: dict[str, str], capsys: pytest.CaptureFixtu
         ({"init-adapter": "{adapter}", "tasks": None, "preset": "paper"}, 2, "adapter must be of preset 'paper'"),
         ({"output": "{root}/photo.png"}, 1, "output must be a folder that can be written"),
         ({"precomputed": "{root}/empty"}, 1, "precomputed must be a folder that realgeneral precompute wrote, got"),
-        ({"buckets": "16x20"}, 2, "sides of buckets must be positive multiples of 16, got 16x20"),
+        ({"buckets": "16x20"}, 2, "sides of buckets must be positive multiples of 16 of at most 16384, got 16x20"),
         ({"columns": "target=x"}, 2, "columns must not be given for a folder of pictures with captions"),
         ({"base": "{root}/nothing"}, 1, "base must be a checkpoint folder or a hub id that can be had, got {root}/nothing: "),
         ({"base": "{root}/empty"}, 1, "base must be a CogVideoX checkpoint, got {root}/empty without model_index.json"),
@@ -452,6 +455,17 @@ def test_lazy_package() -> None:
     assert realgeneral.RealGeneralPipeline is RealGeneralPipeline
     with pytest.raises(AttributeError, match="module 'realgeneral' has no attribute 'nothing'"):
         realgeneral.nothing  # noqa: B018
+
+
+def test_errors_of_the_system_are_words(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is told with the file, without a number."""
+
+    def full(config: Any) -> None:
+        raise OSError(28, "No space left on device", "out/a.png")
+
+    monkeypatch.setitem(cli.COMMANDS, "check-data", cli.COMMANDS["check-data"]._replace(run=full))
+    assert main(["check-data"]) == 1
+    assert capsys.readouterr().err == "realgeneral check-data: out/a.png: no space left on device\n"
 
 
 def test_names_that_the_terminal_cannot_print(tmp_path: Path) -> None:

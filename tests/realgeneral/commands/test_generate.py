@@ -44,7 +44,7 @@ def settings(bases: dict[str, Path], adapter: Path, tmp_path: Path) -> dict[str,
 
 
 def test_metadata_holds_the_settings(settings: dict[str, Any]) -> None:
-    """The PNG's text says how it was made; the same settings make the same picture."""
+    """The PNG's text says how it was made, without where files lie; the same settings make the same picture."""
     config = GenerateConfig(**settings, seed=7)
     (path,) = generate(config)
     assert path == Path(settings["output"])
@@ -52,11 +52,13 @@ def test_metadata_holds_the_settings(settings: dict[str, Any]) -> None:
         image.load()
         told = json.loads(image.text["realgeneral"])
     assert told["version"]
-    assert {key: told[key] for key in settings} == settings
+    files = {key: Path(settings[key]).name for key in ("picture", "base", "adapter", "output")}
+    assert {key: told[key] for key in settings} == {**settings, **files}
+    assert "/" not in json.dumps(told)
     assert (told["seed"], told["guidance_scale"]) == (7, 6.0)
     told.pop("version")
     before = path.read_bytes()
-    generate(GenerateConfig(**told))
+    generate(GenerateConfig(**{**told, **settings}))
     assert path.read_bytes() == before
 
 
@@ -66,6 +68,22 @@ def test_several_images(settings: dict[str, Any], tmp_path: Path) -> None:
     assert [p.name for p in paths] == ["image-1.png", "image-2.png", "image-3.png"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [p.name for p in paths]
     assert len({load_picture(p).tobytes() for p in paths}) == 3
+
+
+def test_many_images_go_in_batches(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most --batch-size at once, each written before the next batch; image i is that of seed + i alone."""
+    sizes: list[int] = []
+    call = RealGeneralPipeline.__call__
+
+    def counted(self: RealGeneralPipeline, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(kwargs["num_images_per_prompt"])
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(RealGeneralPipeline, "__call__", counted)
+    paths = generate(GenerateConfig(**settings, seed=5, num_images=5, batch_size=2))
+    assert sizes == [2, 2, 1]
+    (alone,) = generate(GenerateConfig(**settings, seed=8))
+    assert np.abs(np.asarray(load_picture(paths[3])).astype(int) - np.asarray(load_picture(alone)).astype(int)).max() <= 1
 
 
 def test_condition_files(settings: dict[str, Any], bases: dict[str, Path], adapter: Path) -> None:

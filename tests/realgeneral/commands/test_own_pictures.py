@@ -49,10 +49,10 @@ def test_every_command_on_own_pictures(pictures: Path, tmp_path: Path, capsys: p
     assert "prompt must have at most 16 tokens, got" in capsys.readouterr().err
     assert main([*generate, "--truncate-prompts"]) == 0
     evaluate = ["evaluate", *own, "--protocol", "canny", "--data", str(pictures), "--fid-features", "none", "--output", table]
-    assert main(evaluate) == 2
+    assert main(evaluate) == 1
     told = capsys.readouterr().err
-    assert "prompt must have at most 16 tokens, got" in told
-    assert " of 000000; --truncate-prompts cuts it" in told
+    assert "got 4 bad ones; the first: 0.png: prompt must have at most 16 tokens, got" in told
+    assert "; --truncate-prompts cuts it" in told
     assert not Path(table).exists()
     assert main([*evaluate, "--truncate-prompts"]) == 0
     assert json.loads(Path(table, "results.json").read_text())["count"] == 4

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from realgeneral.data import store as store_module
-from realgeneral.data.store import Store, StoreFailure, StoreSettings, StoreWriter
+from realgeneral.data.store import Store, StoreFailure, StoreSettings, StoreWriter, read_indexes, read_settings
 from realgeneral.errors import Failure, UsageError
 from tests.realgeneral.helpers.processes import run_processes
 
@@ -240,3 +240,14 @@ def test_folders_that_are_no_store(tmp_path: Path) -> None:
     (tmp_path / "s" / "precompute.json").write_text(json.dumps(settings))
     with pytest.raises(Failure, match=r"precompute.json must be as realgeneral precompute wrote it, got: KeyError\('vae'\)"):
         Store(tmp_path / "s")
+
+
+def test_files_that_are_too_deep_are_damaged(tmp_path: Path) -> None:
+    """JSON of a hundred thousand brackets ends in the message of its file."""
+    (tmp_path / "precompute.json").write_text("[" * 100_000)
+    with pytest.raises(Failure, match=r"precompute.json must be as realgeneral precompute wrote it, got"):
+        read_settings(tmp_path)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "a.json").write_text("[" * 100_000)
+    with pytest.raises(Failure, match=r"a.safetensors must be as it was written, got a damaged index"):
+        list(read_indexes(tmp_path))

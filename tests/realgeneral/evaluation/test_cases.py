@@ -156,7 +156,17 @@ def test_bad_subject_folders(subjects: Path, tmp_path: Path) -> None:
         subject_cases(subjects)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"images": [{"id": 1}], "annotations": []}', '{"images": 3, "annotations": 4}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"images": [{"id": 1}], "annotations": []}',
+        '{"images": 3, "annotations": 4}',
+        "[" * 100_000,
+        '{"images": [{"id": 1e999}], "annotations": []}',
+    ],
+)
 def test_bad_coco(coco: Path, text: str) -> None:
     """Damaged annotations are one line that names the file."""
     (coco / "annotations" / "captions_val2017.json").write_text(text)
@@ -172,3 +182,14 @@ def test_coco_without_pictures_or_captions(coco: Path) -> None:
     (coco / "val2017").rename(coco / "elsewhere")
     with pytest.raises(Failure, match=r"data must hold the pictures of \['captions_val2017.json'\]"):
         captioned_cases(str(coco))
+
+
+def test_coco_pictures_outside_their_folder(coco: Path) -> None:
+    """A stranger's listing reads a private file only if it may."""
+    listing = coco / "annotations" / "captions_val2017.json"
+    record = json.loads(listing.read_text())
+    record["images"][0]["file_name"] = "../../private.png"
+    listing.write_text(json.dumps(record))
+    with pytest.raises(Failure, match=r"must name pictures inside .*val2017, got '../../private.png'; --allow-outside"):
+        captioned_cases(str(coco))
+    assert captioned_cases(str(coco), (), True)[0]

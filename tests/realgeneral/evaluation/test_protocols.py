@@ -11,7 +11,7 @@ import pytest
 
 from realgeneral import RealGeneralPipeline
 from realgeneral.commands.cli import main
-from realgeneral.errors import Failure, UsageError
+from realgeneral.errors import Failure
 from realgeneral.evaluation import generator as generation
 from realgeneral.evaluation.evaluate import evaluate
 from realgeneral.evaluation.generator import read_settings
@@ -254,14 +254,19 @@ def test_bad_rows_are_named_and_skipped(
         evaluate(settings("canny", data=str(data), output=str(tmp_path / "out2")))
 
 
-def test_long_prompts_are_told_before_anything_is_made(settings: Callable[..., EvaluateConfig], tmp_path: Path) -> None:
-    """A caption past the text window is a usage error, not a picture of half a prompt."""
+def test_long_prompts_are_bad_rows(
+    settings: Callable[..., EvaluateConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A caption past the text window is skipped as in training, by the name that check-data gives the row."""
     data = tmp_path / "data"
     data.mkdir()
     make_photo(64, 64).save(data / "b.png")
     (data / "b.txt").write_text("a red fox " * 20)
     make_photo(64, 64).save(data / "a.png")
     (data / "a.txt").write_text("a red fox")
-    with pytest.raises(UsageError, match="prompt must have at most 16 tokens"):
-        evaluate(settings("canny", data=str(data), output=str(tmp_path / "out")))
-    assert not list((tmp_path / "out").rglob("*.png"))
+    evaluate(settings("canny", data=str(data), output=str(tmp_path / "out"), images_per_prompt=2))
+    out = capsys.readouterr().out
+    assert "bad row: b.png: prompt must have at most 16 tokens, got" in out
+    assert "1 bad rows are skipped" in out
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [case["row"] for case in record["cases"]] == ["a.png", "a.png"]

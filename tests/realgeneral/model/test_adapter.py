@@ -364,6 +364,14 @@ def test_files_can_be_read_by_whom_the_umask_lets(bases: dict[str, Path], tmp_pa
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()} == {0o640}
 
 
+def test_two_writings_are_equal(bases: dict[str, Path], tmp_path: Path) -> None:
+    """The same weights and settings are the same bytes each time, so that files can be compared by a hash."""
+    for name in "abcd":
+        save(bases["5b"], tmp_path / name)
+    for name in (LORA_FILE, CONDITION_FILE):
+        assert len({(tmp_path / folder / name).read_bytes() for folder in "abcd"}) == 1
+
+
 def test_files_of_earlier_versions(bases: dict[str, Path], saved: Path) -> None:
     """Without the mark of their pair they load as before."""
     for name in (LORA_FILE, CONDITION_FILE):

@@ -122,6 +122,15 @@ def test_other_geometries(bases: dict[str, Path], config: Callable[..., TrainCon
     assert math.isfinite(train(config("run", base=str(bases[geometry]), steps=4))["loss"])
 
 
+def test_warm_up_longer_than_the_run_is_said(config: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    """The learning rate that was asked for is then never reached."""
+    train(config("run", steps=2, warmup_steps=8))
+    told = "warmup_steps is 8 and the run has 2 steps: the learning rate ends at 0.25 of --learning-rate"
+    assert told in capsys.readouterr().out
+    train(config("other", steps=2, warmup_steps=2))
+    assert "warmup_steps" not in capsys.readouterr().out
+
+
 def test_default_tasks() -> None:
     """Nano data has its six tasks, other data the paper's seven."""
     assert len(run_tasks(DataSettings())) == 6

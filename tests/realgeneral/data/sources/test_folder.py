@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,21 @@ def test_a_caption_of_megabytes_is_none(tmp_path: Path) -> None:
         file.truncate(2**20 + 1)
     with pytest.raises(Failure, match=r"a.png must have a caption of at most 1048576 bytes, got 1048577"):
         open_source(str(tmp_path)).record(0, 0)
+
+
+@pytest.mark.parametrize("name", ["../b.png", "{0}/b.png", "sub/../../b.png", "link/../../b.png"])
+def test_pictures_outside_the_folder(tmp_path: Path, name: str) -> None:
+    """A stranger's listing must not read a private file; with leave it is read, and a link in the folder always."""
+    folder = tmp_path / "d"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "link").symlink_to(folder / "sub")
+    (tmp_path / "b.png").write_bytes(picture(0))
+    (folder / "linked.png").symlink_to(tmp_path / "b.png")
+    name = name.format(tmp_path)
+    lines = [json.dumps({"target": target, "prompt": "a"}) for target in (name, "linked.png", str(folder / "linked.png"))]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    source = open_source(str(folder))
+    with pytest.raises(Failure, match=r"metadata.jsonl line 1: path must be inside .*; --allow-outside reads it all the same"):
+        source.record(0, 0)
+    allowed = open_source(str(folder), allow_outside=True)
+    assert allowed.row(0, 0).target.tobytes() == source.row(1, 0).target.tobytes() == source.row(2, 0).target.tobytes()
