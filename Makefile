@@ -5,7 +5,7 @@ LATEST ?= .venv-latest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 QUICK_KERNEL_TESTS := tests/rgkernels -k "segments or (matches_reference and not cpu-float16)"
-SOURCES := rgkernels realgeneral recipes benchmarks tests setup.py
+SOURCES := rgkernels realgeneral recipes examples benchmarks tests setup.py
 
 .PHONY: all demo test test-slow test-gpu test-peers test-latest venv lint types fmt bench gpu gpu-model report clean
 

@@ -5,6 +5,7 @@ python -m benchmarks.memory_table
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
@@ -76,8 +77,9 @@ def empty_pipeline(base: str, config: TrainConfig) -> RealGeneralPipeline:
     return pipe
 
 
-def main() -> None:
-    """Print the table."""
+def main(argv: list[str] | None = None) -> None:
+    """Print the table; there is nothing to choose."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     logging.set_verbosity_error()
     columns = ["base", "height x width", "rank", "batch", "checkpointing", "optimizer", "inputs", "GPUs"]
     columns += ["frozen", "trained", "states", "step", "total GiB"]

@@ -81,7 +81,7 @@ def _rate(row: Row) -> str:
 
 def read_predictions(folder: Path) -> tuple[str, dict[tuple[str, ...], Row]]:
     """The newest committed predictions: file name, and rows by (op, mode, shape, dtype)."""
-    files = sorted(folder.glob("*-predicted-h100.json"))
+    files = sorted(folder.rglob("*-predicted-h100.json"), key=lambda path: path.name)
     if not files:
         return "", {}
     rows = json.loads(files[-1].read_text(encoding="utf-8"))["rows"]
@@ -106,7 +106,7 @@ def section(origin: Origin, rows: list[Row], predictions: tuple[str, dict[tuple[
     if measured:
         parts.append(f"Ceilings measured in the same runs (a large copy, a large matrix product): {'; '.join(measured)}.")
     if any((row.get("share_of_ceiling") or 0) > 1 for row in rows):
-        parts.append("A share above 100 % means that its ceiling was measured on a busy machine: it is no ceiling.")
+        parts.append("A share above 100 % means that the copy or the matrix product is no ceiling: the op was faster.")
     name, predicted = predictions if is_h100_sxm(origin.device) else ("", {})
     if predicted:
         parts.append(f"Predictions: {name}.")

@@ -98,9 +98,10 @@ def file_stamp(files: Iterable[Path]) -> str:
     for file in files:
         try:
             status = os.stat(file)
-            lines.append(f"{file.absolute()} {status.st_size} {status.st_mtime_ns}")
-        except OSError as error:  # a link to nothing: its row is told when it is read
-            lines.append(f"{file.absolute()} {error.errno}")
+            # the times of contents and of the entry: a copy may bring the former along
+            lines.append(f"{file.absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}")
+        except (OSError, ValueError) as error:  # a link to nothing, a name that is none: its row is told when it is read
+            lines.append(f"{file.absolute()} {getattr(error, 'errno', None)}")
     return "\n".join(lines)
 
 
@@ -137,6 +138,14 @@ def _update(digest: Any, path: Path) -> None:
     with path.open("rb") as file:
         while chunk := file.read(2**24):
             digest.update(chunk)
+
+
+def decoded(data: bytes, name: str) -> str:
+    """UTF-8 text with or without a byte-order mark; Failure for anything else."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Failure(f"{name} must be UTF-8 text, got: {error}") from None
 
 
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:

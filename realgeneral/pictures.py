@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import stat
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import IO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from realgeneral.errors import Failure
@@ -25,6 +27,7 @@ def to_picture(pixels: torch.Tensor) -> Image.Image:
 
 
 MAX_PIXELS = 100_000_000
+MAX_BYTES = 2**30
 
 
 @contextlib.contextmanager
@@ -32,6 +35,7 @@ def _opened(source: str | os.PathLike[str] | bytes, name: str | None) -> Iterato
     """A picture whose header is read; whatever goes wrong inside is a Failure that names it."""
     name = name or (f"picture of {len(source)} bytes" if isinstance(source, bytes) else str(source))
     try:
+        _check_file(source, name)
         with warnings.catch_warnings():
             # Pillow warns of bad EXIF, and of large pictures at its own limit (ours is checked below, before decoding)
             warnings.simplefilter("ignore")
@@ -53,6 +57,16 @@ def _opened(source: str | os.PathLike[str] | bytes, name: str | None) -> Iterato
         raise Failure(f"{name} must be a complete picture file, got: {str(error) or type(error).__name__}") from None
 
 
+def _check_file(source: str | os.PathLike[str] | bytes, name: str) -> None:
+    """Failure for what must not be opened at all: a pipe never ends to wait, a device never ends to be read."""
+    if not isinstance(source, bytes):
+        status = os.stat(source)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise Failure(f"{name} must be a picture file, got a pipe or a device")
+        if status.st_size > MAX_BYTES:
+            raise Failure(f"{name} must be a picture file of at most {MAX_BYTES} bytes, got {status.st_size}")
+
+
 def load_picture(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
     """Read an RGB picture from a file or bytes, upright as its EXIF says, transparency on white.
 
@@ -70,10 +84,32 @@ def picture_size(source: str | os.PathLike[str] | bytes, name: str | None = None
         Failure: Missing, not an image, or more than MAX_PIXELS pixels. A truncated one may still have its header.
     """
     with _opened(source, name) as picture:
-        # getexif() of a PNG without an eXIf chunk before its pixels would decode it to look behind them; TIFF is turned already
-        known = "exif" in picture.info and picture.format != "TIFF"
-        orientation = picture.getexif().get(ExifTags.Base.Orientation) if known else 1
-        return picture.size[::-1] if orientation in (5, 6, 7, 8) else picture.size
+        return picture.size[::-1] if _orientation(picture) in (5, 6, 7, 8) else picture.size
+
+
+def _orientation(picture: Image.Image) -> object:
+    """What `ImageOps.exif_transpose` will find: EXIF, the same as ImageMagick's text, or XMP."""
+    if isinstance(picture, TiffImagePlugin.TiffImageFile) and ExifTags.Base.Orientation in picture.tag_v2:
+        return 1  # its size is that of the turned picture already
+    if isinstance(picture, PngImagePlugin.PngImageFile) and picture.fp is not None and _described_late(picture.fp):
+        picture.load()
+    # not the PNG's own method, which decodes every PNG without an eXIf chunk to look behind its pixels
+    return Image.Image.getexif(picture).get(ExifTags.Base.Orientation)
+
+
+def _described_late(file: IO[bytes]) -> bool:
+    """Whether a PNG has EXIF or text behind its pixels; the file stays where it is."""
+    place, pixels = file.tell(), False
+    try:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            if pixels and head[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            pixels |= head[4:] == b"IDAT"
+            file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+        return False
+    finally:
+        file.seek(place)
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

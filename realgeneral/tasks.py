@@ -46,6 +46,10 @@ class Task:
         """The image to be made; the picture itself but for analysis tasks."""
         return picture
 
+    def odd(self, condition: Image.Image) -> str:
+        """What is wrong with a condition image that somebody made otherwise, in a sentence; empty if nothing shows."""
+        return ""
+
     @property
     def spec(self) -> str:
         """The task and its non-default options as a string that `get_task` reads."""
@@ -109,6 +113,16 @@ class Canny(Task):
         """White edges on black."""
         edges = cv2.Canny(np.asarray(picture.convert("RGB")), self.low, self.high)
         return Image.fromarray(edges).convert("RGB")
+
+    def odd(self, condition: Image.Image) -> str:
+        """Edges are white lines on black: few tones between, and more black than white."""
+        grey = np.asarray(condition.convert("L"))
+        between, white = ((grey > 64) & (grey < 192)).mean(), (grey >= 192).mean()
+        if between > 0.25:
+            return f"a condition of canny must be white edges on black, got {between:.0%} of tones between: a photograph?"
+        if white > 0.6:
+            return f"a condition of canny must be white edges on black, got {white:.0%} of white: black on white?"
+        return ""
 
 
 @dataclass(frozen=True)

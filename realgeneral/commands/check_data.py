@@ -54,6 +54,7 @@ class Finding:
     conditions: int = 0
     tasks: tuple[str, ...] = ()
     tokens: int = 0
+    empty: bool = False
     digest: str = ""
 
 
@@ -80,7 +81,8 @@ class RowsToCheck(Dataset[Finding]):
             )
         except Failure as error:
             return Finding(name, str(error))
-        return Finding(name, None, size, max(1, len(record.conditions)), tasks, tokens, digest)
+        empty = not record.prompt.strip()
+        return Finding(name, None, size, max(1, len(record.conditions)), tasks, tokens, empty, digest)
 
     def _pictures(self, record: Record) -> Size:
         try:
@@ -142,6 +144,7 @@ def summary(found: list[Finding], source: Source, sizes: tuple[Size, ...], batch
     smallest = sorted(good, key=lambda f: (_area(f.size), f.name))[:LISTED]
     return {
         "rows": len(found),
+        "not_rows": list(source.notes),
         "bad_rows": [{"row": f.name, "reason": reason(f.problem), "message": f.problem} for f in found if f.problem],
         "buckets": [
             {"size": _described(size), "conditions": k, "rows": rows, "repeated_to_fill": -rows % batch_size}
@@ -155,6 +158,7 @@ def summary(found: list[Finding], source: Source, sizes: tuple[Size, ...], batch
         "text_window": window,
         "longest_prompt": max((f.tokens for f in good), default=0),
         "prompts_cut": sum(f.tokens > window for f in good),
+        "prompts_empty": [f.name for f in good if f.empty],
         "duplicates": [names for names in twins.values() if len(names) > 1],
     }
 
@@ -201,6 +205,8 @@ def as_text(report: dict[str, Any], data: str) -> str:
     lines += [f"  {rows:7d}  {task}" for task, rows in report["tasks"].items()]
     cut = f"; {report['prompts_cut']} are cut" if report["prompts_cut"] else ""
     lines.append(f"prompts: the longest has {report['longest_prompt']} of {report['text_window']} tokens{cut}")
+    if empty := report["prompts_empty"]:
+        lines.append(f"  {len(empty):7d}  empty, as training without text; the first: {empty[0]}")
     if twins:
         lines.append("duplicates (same pictures, task and prompt)")
         lines += _some([f"             {' = '.join(names[:4])}" for names in twins])

@@ -118,15 +118,11 @@ def _draws(config: GenerateConfig) -> bool:
 
 def derive_condition(config: GenerateConfig, pipe: RealGeneralPipeline, width: int, height: int) -> Image.Image:
     """Make the condition from `--picture`, as the adapter's own task options say unless `--task` gives others."""
-    picture = fit_picture(load_picture(config.picture), width, height)
+    picture = load_picture(config.picture)
     if config.mask:
-        return mask_out(picture, fit_picture(load_picture(config.mask), width, height))
-    try:
-        name = get_task(config.task).name
-        spec = config.task if ":" in config.task or pipe.adapter is None else pipe.adapter.task_spec(name)
-        return get_task(spec).condition(picture, config.seed if config.condition_seed < 0 else config.condition_seed)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+        return mask_out(fit_picture(picture, width, height), fit_picture(load_picture(config.mask), width, height))
+    seed = config.seed if config.condition_seed < 0 else config.condition_seed
+    return pipe.derive_condition(picture, config.task, seed=seed, height=height, width=width)
 
 
 def _write(images: list[Image.Image], config: GenerateConfig) -> list[Path]:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from realgeneral.errors import Failure, UsageError
+from realgeneral.files import decoded
 
 FIELDS = ("target", "prompt", "condition", "task", "subject")
 PICTURE_FIELDS = ("target", "condition")
@@ -163,9 +164,9 @@ def parse_columns(items: Sequence[str]) -> ColumnMap:
 
 def _read_map(path: Path) -> dict[str, tuple[Column, ...]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = decoded(path.read_bytes(), str(path))
         described = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise Failure(f"{path} must be a readable column map, got: {error}") from None
     if not isinstance(described, dict):
         raise Failure(f"{path} must map fields to columns, got {type(described).__name__}")

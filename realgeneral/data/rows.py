@@ -12,6 +12,7 @@ from PIL import Image
 
 from realgeneral.data.columns import Crop, Cropped, crop_box
 from realgeneral.errors import Failure
+from realgeneral.files import file_digest
 from realgeneral.pictures import load_picture, picture_size
 
 
@@ -42,12 +43,14 @@ class Picture:
         elif isinstance(self.source, bytes):
             data = self.source
         else:
+            picture_size(self.source)  # nothing but a picture is read to its end
             try:
-                data = self.source.read_bytes()
-            except (OSError, ValueError):
-                load_picture(self.source)  # says what is wrong, as without a hash
-                raise
-        digest = hashlib.sha256(data).hexdigest()
+                return self._cropped(file_digest(self.source))
+            except OSError as error:
+                raise Failure(f"{self.source} must be a picture file that can be read, got: {error.strerror}") from None
+        return self._cropped(hashlib.sha256(data).hexdigest())
+
+    def _cropped(self, digest: str) -> str:
         return digest if self.crop is None else f"{digest}/{self.crop}"
 
 
@@ -103,6 +106,8 @@ class Source(Protocol):
     tasks: frozenset[str]
     # of a list of data sets: (rows, repeat, task) of each, on which a run's order and draws depend
     shares: Sequence[Sequence[Any]]
+    # what is in the data and makes no row, in words
+    notes: Sequence[str]
 
     def __len__(self) -> int: ...
 
@@ -129,6 +134,7 @@ class BaseSource:
     seeded = False
     tasks: frozenset[str] = frozenset()
     shares: Sequence[Sequence[Any]] = ()
+    notes: Sequence[str] = ()
 
     def __len__(self) -> int:
         raise NotImplementedError

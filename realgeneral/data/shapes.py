@@ -17,6 +17,8 @@ from realgeneral.errors import Failure, UsageError
 from realgeneral.files import replacing
 
 Size = tuple[int, int]  # width, height
+# raised when a size is read in another way, so that what was kept before is not found any more
+FORMAT = 2
 # width / height of a standard list
 RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1.0, 4 / 3, 3 / 2, 16 / 9, 2.0)
 
@@ -94,7 +96,8 @@ def read_shapes(source: Source) -> list[Shape | None]:
     They are kept under the user's cache folder until the files change.
     """
     stamp = source.stamp()
-    path = _cache_folder() / "shapes" / f"{hashlib.sha256(stamp.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.npy"
+    digest = hashlib.sha256(f"{FORMAT} {stamp}".encode("utf-8", "surrogateescape")).hexdigest()
+    path = _cache_folder() / "shapes" / f"{digest[:32]}.npy"
     if stamp and path.is_file():
         table = _load(path)
         if table is not None and table.shape == (len(source), 3):

@@ -116,11 +116,11 @@ def check_at_least_one(name: str, count: int) -> None:
 
 
 def condition_lists(condition: Conditions | None, batch: int) -> list[list[Image.Image]]:
-    """The condition images of each prompt: for one prompt an image or a list of K, for B prompts a list of B such entries."""
+    """The condition images of each prompt: an image for all; for one prompt a list of K; for B prompts a list of B entries."""
     if condition is None:
         raise UsageError("condition must be an image or a list of images, got None")
     if isinstance(condition, Image.Image):
-        condition = [condition]
+        condition = [condition] * batch
     if not isinstance(condition, (list, tuple)):
         raise UsageError(f"condition must be an image or a list of images, got {type(condition).__name__}")
     single = batch == 1 and isinstance(next(iter(condition), None), Image.Image)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
@@ -36,6 +36,9 @@ from realgeneral.model.vae import whole_tiles
 from realgeneral.nano.assets import resolve_base
 from realgeneral.pictures import fit_picture, to_pixels
 from realgeneral.prompts import pool_subject, subject_span_mask, token_count
+from realgeneral.tasks import TASKS, DepthTask, get_task
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -100,7 +103,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers; pipelines saved before version 0.2 name a module that is gone."""
+        """As in diffusers; pipelines saved before 2026-11-28 name a module that is gone."""
         config = super().load_config(*args, **kwargs)
         parts = config[0] if isinstance(config, tuple) else config
         if parts.get("transformer", [None])[0] == "realgeneral.transformer":
@@ -136,6 +139,38 @@ class RealGeneralPipeline(CogVideoXPipeline):
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
         """Not supported: that offload follows the calls of single layers, and the ops read the norms' weights directly."""
         raise NotImplementedError("sequential CPU offload is not supported, use enable_model_cpu_offload()")
+
+    def derive_condition(
+        self, picture: Image.Image, task: str, *, seed: int = 0, height: int | None = None, width: int | None = None
+    ) -> Image.Image:
+        """Make a task's condition from a picture, as the adapter was trained with it.
+
+        Args:
+            picture: Any size; it is scaled and cropped to `height` x `width`.
+            task: Name of a task, or a spec with options of your own such as "deblurring:radius=8".
+            seed: Of what is random in it (the hole of inpainting).
+            height: Pixels; default: the base's own.
+            width: As `height`.
+
+        Returns:
+            What `__call__` takes as `condition`.
+
+        Raises:
+            UsageError: Unknown task, one that derives no condition, or one whose model would be fetched on the adapter's word.
+        """
+        height, width = self.image_size(height, width)
+        fitted = fit_picture(picture, width, height)
+        try:
+            name = get_task(task).name
+            chosen = get_task(task if ":" in task or self.adapter is None else self.adapter.task_spec(name))
+            if isinstance(chosen, DepthTask) and ":" not in task and chosen.model and not Path(chosen.model).is_dir():
+                raise UsageError(
+                    f"task must name its depth model, {name}:model={chosen.model}, since it would be fetched; the adapter "
+                    f"alone asks for it, got {task!r}"
+                )
+            return chosen.condition(fitted, seed)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
 
     @property
     def size_multiple(self) -> int:
@@ -173,7 +208,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
 
         Args:
             prompt: One prompt, or a list of B; with `prompt_embeds` needed for a `subject` alone.
-            condition: For one prompt an image or a list of K images; for B prompts a list of B such entries.
+            condition: An image for all prompts; for one prompt a list of K images; for B prompts a list of B such entries.
             task: Name of a task that the transformer knows.
             subject: Words of the prompt that name the subject (customization), one for all or one per prompt.
             negative_prompt: As in diffusers; empty by default.
@@ -227,6 +262,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length,
         )
+        self._warn(call)
         self._guidance_scale, self._interrupt, self._attention_kwargs = guidance_scale, False, attention_kwargs
         guided = not all(call.guidance.prompts)
         text, negative = self._encode_texts(call.prompts, call.negatives, guided, call.embeds, call.window)
@@ -287,6 +323,15 @@ class RealGeneralPipeline(CogVideoXPipeline):
         return self.transformer.encode_condition(
             latents, self.task_ids(task, 1), subject_embeds, position=position, attention_kwargs=attention_kwargs
         )
+
+    def _warn(self, call: Call) -> None:
+        """Say what is allowed and hardly meant."""
+        if self.adapter is None and not self.transformer.condition_embedding.task.weight.any():
+            logger.warning("the condition branch is untrained: load an adapter, or pictures follow the condition by chance")
+        for image in (image for row in call.conditions or [] for image in row):
+            if call.task in TASKS and (oddity := TASKS[call.task]().odd(image)):
+                logger.warning(oddity)
+                return
 
     def _encode_texts(
         self, prompts: list[str], negatives: list[str] | None, guided: bool, embeds: dict[str, Tensor | None], window: int

@@ -82,10 +82,14 @@ def _digest(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> str:
 
 
 def existing(folder: str | os.PathLike[str], name: str) -> Path:
-    """A file of an adapter folder; Failure if there is none."""
+    """A file of an adapter folder; Failure if there is none, which names a stopped run's newest checkpoint."""
     path = Path(folder) / name
     if not path.is_file():
-        raise Failure(f"adapter folder {folder} must hold {name}, found none")
+        steps = [
+            p.parent for run in (Path(folder), Path(folder).parent) for p in sorted(run.glob(f"checkpoints/step-*/{name}"))
+        ]
+        hint = f"; the run there was stopped, and {steps[-1]} holds an adapter too" if steps else ""
+        raise Failure(f"adapter folder {folder} must hold {name}, found none{hint}")
     return path
 
 

@@ -229,7 +229,7 @@ def _flush(path: Path) -> None:
 
 
 def check_digests(folder: Path) -> None:
-    """Failure if a file of a checkpoint is not as it was written; checkpoints of version 0.1 have no digests to tell by."""
+    """Failure if a file of a checkpoint is not as it was written; checkpoints from before 2026-11-28 have none."""
     path = folder / DIGESTS_FILE
     if not path.is_file():
         return

@@ -15,11 +15,19 @@ def test_table_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     """A base of two blocks gives a row, whose parts add up to its total."""
     monkeypatch.setitem(memory_table.BASES, "2B", {**memory_table.BASES["2B"], "num_layers": 2})
     monkeypatch.setattr(memory_table, "ROWS", memory_table.ROWS[:1])
-    memory_table.main()
+    memory_table.main([])
     cells = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
     assert cells[:8] == ["2B", "512x512", "64", "1", "selective", "adamw", "precomputed", "1"]
     *parts, total = map(float, cells[8:])
     assert sum(parts) == pytest.approx(total, abs=0.21)
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--rank", 2)])
+def test_arguments_are_not_ignored(argument: str, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        memory_table.main([argument])
+    assert ended.value.code == status
+    assert "GiB" not in capsys.readouterr().out
 
 
 def test_every_documented_row_is_made() -> None:

@@ -6,9 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
 from benchmarks import report
+from benchmarks.reporting.plots import BEST_PEER, OTHER, OURS
 from benchmarks.reporting.rows import best_peer, grouped, read_rows
 from realgeneral.errors import Failure
 
@@ -187,3 +193,69 @@ def test_plots_are_written_for_every_op(tmp_path: Path) -> None:
     assert len(names) == 6
     assert all(f"]({name})" in text for name in names)
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def drawn(changes: list[dict[str, Any]], folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """The figures of a report by the last word of their files' names."""
+    figures: dict[str, Figure] = {}
+    save = Figure.savefig
+
+    def keep(figure: Figure, path: Path) -> None:
+        figures[path.stem.rsplit("-", 1)[1]] = figure
+        save(figure, path)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    report.write_report(read_rows([write(folder / "rows.jsonl", *changes)]), folder / "out")
+    return figures
+
+
+def lines(axes: Axes, length: int) -> list[tuple[Any, Any]]:
+    """x and y of what is drawn with so many points: 1 are markers, 2 are roofs."""
+    return [(line.get_xdata(), line.get_ydata()) for line in axes.lines if len(line.get_xdata()) == length]
+
+
+def test_no_point_lies_above_its_roof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An op that passes the copy or the matrix product is the roof itself, and the plot says so."""
+    site = {"op": "qk_norm_rope", "gb_per_s": 2000.0, "ceiling_gb_per_s": 3000.0}
+    site |= {"tflop_per_s": None, "ceiling_tflop_per_s": None}
+    rows = [with_ms(0.05), with_ms(0.5, provider="flex"), with_ms(0.001, **site), with_ms(0.5, provider="eager", **site)]
+    (axes,) = drawn(rows, tmp_path, monkeypatch)["roofline"].axes
+    (slope_x, slope_y), (_, (top, _)) = lines(axes, 2)
+    markers = [(x[0], y[0]) for x, y in lines(axes, 1)]
+    assert len(markers) == 4
+    assert all(y <= min(slope_y[0] / slope_x[0] * x, top) * (1 + 1e-9) for x, y in markers)
+    words = " ".join(text.get_text().replace("\n", " ") for text in axes.texts)
+    assert "reached by qk_norm_rope (copy: 3,000)" in words
+    assert "reached by segment_attention (matrix product: 800)" in words
+
+
+def test_no_marker_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours, the best peer and another peer show where all of them took the same time."""
+    rows = [
+        with_ms(0.25),
+        with_ms(0.25, provider="flex"),
+        with_ms(0.25, provider="sdpa-mask"),
+        with_ms(0.5, provider="xformers"),
+    ]
+    figure = drawn(rows, tmp_path, monkeypatch)["roofline"]
+    (axes,) = figure.axes
+    (path,) = (tmp_path / "out").glob("*-roofline.png")
+    image = matplotlib.image.imread(path)[::-1, :, :3]
+    x, y = lines(axes, 1)[0]
+    column, row = (axes.transData.transform((x[0], y[0])) * image.shape[0] / figure.bbox.height).astype(int)
+    around = image[row - 20 : row + 20, column - 20 : column + 20]
+    for colour in (OURS, BEST_PEER, OTHER):
+        assert (np.abs(around - to_rgb(colour)).max(axis=-1) < 0.02).sum() > 20, colour
+
+
+def test_cached_generation_is_shown_in_milliseconds_on_one_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What skips work takes less time at a lower rate: its bar is the shorter one, beside that of the whole work."""
+    generation = CPU | {"op": "generation", "provider": "split-sdpa"}
+    rows = [
+        generation | with_ms(1000.0, mode="cached", tflop_per_s=0.070),
+        generation | with_ms(1600.0, mode="uncached", tflop_per_s=0.074),
+    ]
+    cached, uncached = drawn(rows, tmp_path, monkeypatch)["generation"].axes
+    assert cached.get_ylabel().startswith("ms") and uncached.get_ylabel().startswith("ms")
+    assert cached.get_ylim() == uncached.get_ylim()
+    assert (cached.patches[0].get_height(), uncached.patches[0].get_height()) == (1000, 1600)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from realgeneral.data.rows import Picture
 from realgeneral.errors import Failure
-from realgeneral.pictures import MAX_PIXELS, fit_picture, load_picture, picture_grid, save_picture, to_pixels
-from tests.realgeneral.helpers.pictures import bomb, encoded
+from realgeneral.pictures import MAX_PIXELS, fit_picture, load_picture, picture_grid, picture_size, save_picture, to_pixels
+from tests.realgeneral.helpers.pictures import bomb, encoded, make_photo
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP"])
@@ -90,6 +92,57 @@ def test_exif_rotation_is_applied() -> None:
     top, bottom = got.getpixel((2, 1)), got.getpixel((2, 6))
     assert top[2] > top[0]
     assert bottom[0] > bottom[2]
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+def turned(kind: str, written: str) -> bytes:
+    """A picture of 24 x 16 to be shown turned by 90 degrees, as each program writes that down."""
+    picture, exif = make_photo(24, 16), Image.Exif()
+    exif[0x0112] = 6
+    if written == "exif":
+        return encoded(picture, kind, exif=exif)
+    if written == "xmp" and kind != "PNG":
+        return encoded(picture, kind, **({"tiffinfo": {700: XMP}} if kind == "TIFF" else {"xmp": XMP}))
+    text = PngInfo()
+    if written == "imagemagick":
+        body = exif.tobytes()
+        body = body if body.startswith(b"Exif") else b"Exif\0\0" + body
+        text.add_text("Raw profile type exif", f"\nexif\n{len(body):8d}\n{body.hex()}\n")
+    else:
+        text.add_itxt("XML:com.adobe.xmp", XMP.decode())
+    data = encoded(picture, kind, pnginfo=text)
+    if written.endswith("late"):
+        chunk = data.index(b"iTXt") - 4
+        end = chunk + 12 + int.from_bytes(data[chunk : chunk + 4], "big")
+        data = data[:chunk] + data[end:-12] + data[chunk:end] + data[-12:]
+    return data
+
+
+@pytest.mark.parametrize(
+    ("kind", "written"),
+    [(kind, written) for kind in ("JPEG", "WEBP", "TIFF", "PNG") for written in ("exif", "xmp")]
+    + [("PNG", "imagemagick"), ("PNG", "xmp late")],
+)
+def test_size_is_that_of_the_upright_picture(kind: str, written: str) -> None:
+    """The header's size is turned for every way to write an orientation that turns the pixels."""
+    data = turned(kind, written)
+    assert picture_size(data) == load_picture(data).size == (16, 24)
+
+
+def test_only_regular_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe without a writer would wait for ever, a device never ends, and a file of gigabytes is no picture."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "zero.png"):
+        for read in (load_picture, picture_size, lambda path: Picture(path).digest()):
+            with pytest.raises(Failure, match=f"{name} must be a picture file, got a pipe or a device"):
+                read(tmp_path / name)
+    (tmp_path / "large.png").write_bytes(encoded(make_photo()))
+    monkeypatch.setattr("realgeneral.pictures.MAX_BYTES", 100)
+    with pytest.raises(Failure, match=r"large.png must be a picture file of at most 100 bytes, got"):
+        Picture(tmp_path / "large.png").digest()
 
 
 def test_first_frame_of_an_animation() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from realgeneral.data.rows import BaseSource, Block, Record, Source
 from realgeneral.errors import Failure, UsageError
+from realgeneral.files import decoded
 from realgeneral.tasks import TASKS
 
 
@@ -19,6 +20,7 @@ class Shards(BaseSource):
 
     def __init__(self, parts: Sequence[Source]) -> None:
         self.parts = list(parts)
+        self.notes = [note for part in dict.fromkeys(parts) for note in part.notes]
         self.starts = [0]
         for part in parts:
             self.starts.append(self.starts[-1] + len(part))
@@ -73,6 +75,7 @@ class Member(BaseSource):
 
     def __init__(self, source: Source, entry: Entry) -> None:
         self.source, self.entry, self.seeded = source, entry, source.seeded
+        self.notes = [f"{entry.data}: {note}" for note in source.notes]
 
     def __len__(self) -> int:
         return len(self.source)
@@ -124,7 +127,7 @@ class Mixture(Shards):
 def read_entries(path: Path) -> list[Entry]:
     """Read and check a list; UsageError names the entry that is wrong."""
     try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
+        listed = json.loads(decoded(path.read_bytes(), str(path)))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"data must be a JSON list of data sets, got {path}: {error}") from None
     if not isinstance(listed, list) or not listed:

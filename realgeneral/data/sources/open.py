@@ -6,6 +6,7 @@ A row has a `target` picture, a `prompt`, and either `condition` picture(s) or a
 from __future__ import annotations
 
 import glob
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from realgeneral.data.sources.lists import Mixture, Shards, read_entries
 from realgeneral.data.sources.packaged import BUILT_IN, built_in
 from realgeneral.data.sources.tables import ParquetSource, RowGroups, open_huggingface
 from realgeneral.data.sources.tar import TarSource
-from realgeneral.errors import Failure, UsageError
+from realgeneral.errors import Failure, UsageError, escaped
 
 
 def open_source(path: str, columns: Sequence[str] = (), *, repeats: bool = True, groups: RowGroups | None = None) -> Source:
@@ -34,6 +35,13 @@ def open_source(path: str, columns: Sequence[str] = (), *, repeats: bool = True,
         Failure: No such file, or no rows in it.
         UsageError: Not a kind of data that is known, or a column map that is wrong.
     """
+    source = _open_any(path, columns, repeats, RowGroups() if groups is None else groups)
+    for note in source.notes:
+        print(f"{escaped(path)}: {note}", file=sys.stderr, flush=True)
+    return source
+
+
+def _open_any(path: str, columns: Sequence[str], repeats: bool, groups: RowGroups) -> Source:
     a_list = path.lower().endswith(".json") and not Path(path).is_dir()
     if columns and (path in BUILT_IN or a_list):
         raise UsageError(f"columns must not be given for {path}, got {list(columns)}")
@@ -41,9 +49,9 @@ def open_source(path: str, columns: Sequence[str] = (), *, repeats: bool = True,
         return built_in(path, "train")
     if a_list and Path(path).is_file():
         return _open_list(Path(path), repeats)
-    source = _open(path, parse_columns(columns), RowGroups() if groups is None else groups)
+    source = _open(path, parse_columns(columns), groups)
     if len(source) == 0:
-        raise Failure(f"data must hold at least one row, got none in {path}")
+        raise Failure("; ".join([f"data must hold at least one row, got none in {path}", *source.notes]))
     return source
 
 
@@ -62,7 +70,7 @@ def _open(path: str, columns: ColumnMap, groups: RowGroups) -> Source:
         return _open_shards([place], columns, groups)
     if not (place / "metadata.jsonl").is_file():
         files = sorted(place.iterdir())
-        shards = [p for p in files if p.suffix in (".parquet", ".tar") and p.is_file()]
+        shards = [p for p in files if p.suffix in (".parquet", ".tar") and p.is_file() and not p.name.startswith("._")]
         if shards and any(p.suffix.lower() in PICTURES for p in files):
             raise UsageError(f"data must be a folder of pictures or of shards, got {path} with both, such as {shards[0].name}")
         if shards:
@@ -75,7 +83,7 @@ def _open_list(path: Path, repeats: bool) -> Source:
     for i, entry in enumerate(entries, 1):
         columns = [str(path.parent / c) if c.endswith((".json", ".yaml", ".yml")) else c for c in entry.columns]
         try:
-            sources.append(open_source(_beside(path, entry.data), columns, groups=groups))
+            sources.append(_open_any(_beside(path, entry.data), columns, True, groups))
         except (UsageError, Failure) as error:
             raise type(error)(f"{path} entry {i}: {error}") from None
     return Mixture(entries, sources, repeats)
@@ -92,6 +100,8 @@ def _beside(path: Path, data: str) -> str:
 def _open_shards(files: Sequence[Path], columns: ColumnMap, groups: RowGroups) -> Source:
     parts: list[Source] = []
     for file in files:
+        if not file.is_file():
+            raise Failure(f"data must be a folder, a .parquet or a .tar file, got {file}, which is no regular file")
         if file.suffix == ".parquet":
             parts.append(ParquetSource(file, columns, groups))
         elif file.suffix == ".tar":

@@ -10,8 +10,9 @@ from typing import Any
 from realgeneral.data.columns import ColumnMap
 from realgeneral.data.rows import BaseSource, Picture, Record, make_record
 from realgeneral.data.sources.folder import PICTURES
-from realgeneral.errors import Failure
-from realgeneral.files import file_stamp
+from realgeneral.errors import Failure, escaped
+from realgeneral.files import decoded, file_stamp
+from realgeneral.pictures import MAX_BYTES
 
 
 class TarSource(BaseSource):
@@ -26,14 +27,16 @@ class TarSource(BaseSource):
         members: dict[str, dict[str, tuple[int, int]]] = {}
         try:
             with tarfile.open(path, "r:") as tar:  # members are read in place, so no compression
+                places: dict[str, tuple[int, int]] = {}
                 for member in tar:
+                    folder, _, file = member.name.rpartition("/")
                     if member.isfile():
-                        folder, _, file = member.name.rpartition("/")
+                        places[member.name] = (member.offset_data, member.size)
+                    elif member.islnk() and member.linkname in places:  # a second name of a file before it
+                        places[member.name] = places[member.linkname]
+                    if member.name in places and not file.startswith("._"):  # those are macOS's notes on other files
                         key, _, extension = file.partition(".")
-                        members.setdefault(f"{folder}/{key}" if folder else key, {})[extension.lower()] = (
-                            member.offset_data,
-                            member.size,
-                        )
+                        members.setdefault(f"{folder}/{key}" if folder else key, {})[extension.lower()] = places[member.name]
                 # tarfile takes a cut in a header for the end; the real one is a block of zeros
                 if self._bytes((tar.offset, tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("unexpected end of data")
@@ -46,7 +49,7 @@ class TarSource(BaseSource):
 
     def row_name(self, index: int) -> str:
         """The sample's key."""
-        return f"{self.path.name} {self.samples[index][0]}"
+        return escaped(f"{self.path.name} {self.samples[index][0]}")
 
     def record(self, index: int, seed: int) -> Record:
         """Read a sample's members."""
@@ -54,12 +57,12 @@ class TarSource(BaseSource):
         described: dict[str, Any] = {}
         try:
             if "json" in members:
-                described = json.loads(self._bytes(members["json"]))
+                described = json.loads(decoded(self._bytes(members["json"]), "the json member"))
                 if not isinstance(described, dict):
                     raise ValueError(f"{type(described).__name__} instead of a JSON object")
             if "txt" in members:
-                described["prompt"] = described["txt"] = self._bytes(members["txt"]).decode().strip()
-        except (ValueError, RecursionError) as error:
+                described["prompt"] = described["txt"] = decoded(self._bytes(members["txt"]), "the txt member").strip()
+        except (Failure, ValueError, RecursionError) as error:
             raise Failure(f"{self.row_name(index)} must have a readable json or txt member, got: {error}") from None
         # pictures come from members, never by name
         described = {k: v for k, v in described.items() if k not in ("target", "condition")}
@@ -70,7 +73,13 @@ class TarSource(BaseSource):
         conditions = [pictures[k] for k in sorted(pictures, key=_numbered) if k.startswith("condition.")]
         if conditions:
             described["condition"] = conditions
-        return make_record(self.row_name(index), self.columns({**described, **pictures}), self._picture)
+        row = self.columns({**described, **pictures})
+        if len(pictures) > 1 and not row.get("target"):
+            raise Failure(
+                f"{self.row_name(index)} must have a target picture KEY.SUFFIX, got members {sorted(pictures)} of that key, "
+                "which ends at the first dot of a name"
+            )
+        return make_record(self.row_name(index), row, self._picture)
 
     def stamp(self) -> str:
         """Of the file, and of what is read of it."""
@@ -84,6 +93,8 @@ class TarSource(BaseSource):
     def _picture(self, value: Any) -> Picture:
         if not isinstance(value, tuple):
             raise Failure(f"pictures in {self.path.name} must be members, got {value!r}")
+        if value[1] > MAX_BYTES:
+            raise Failure(f"pictures in {self.path.name} must have at most {MAX_BYTES} bytes, got {value[1]}")
         return Picture(self._bytes(value))
 
 

@@ -148,3 +148,10 @@ def test_a_report_that_cannot_be_written(bases: dict[str, Path], tmp_path: Path)
     path = write_folder(tmp_path / "d", good_rows(1))
     with pytest.raises(Failure, match="report must be a file that can be written, got"):
         check_data(config(bases, path, report=str(Path(path) / "metadata.jsonl" / "x.json")))
+
+
+def test_empty_captions_are_said(bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row without words trains as one whose text is dropped: allowed, but counted."""
+    report = check_data(config(bases, write_folder(tmp_path / "d", [*good_rows(1), {"target": picture(2), "prompt": " "}])))
+    assert report["prompts_empty"] == ["metadata.jsonl line 2"]
+    assert "1  empty, as training without text; the first: metadata.jsonl line 2" in capsys.readouterr().out

@@ -452,3 +452,18 @@ def test_lazy_package() -> None:
     assert realgeneral.RealGeneralPipeline is RealGeneralPipeline
     with pytest.raises(AttributeError, match="module 'realgeneral' has no attribute 'nothing'"):
         realgeneral.nothing  # noqa: B018
+
+
+def test_names_that_the_terminal_cannot_print(tmp_path: Path) -> None:
+    """In an encoding without their characters they are printed as escapes, and the run ends well."""
+    make_photo().save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a pot")
+    make_photo().save(tmp_path / "\xfcn\xef \U0001f98a.png")
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes((tmp_path / "a.png").read_bytes())
+    command = [sys.executable, "-m", "realgeneral", "check-data", "--data", str(tmp_path), "--tasks", "canny"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 1
+    assert rb"\xfcn\xef \U0001f98a.png must have a caption" in done.stdout
+    assert rb"caf\udce9.png must have a caption" in done.stdout
+    assert b"2 of 3 rows" in done.stderr

@@ -98,3 +98,14 @@ def test_crops_keep_a_pixel() -> None:
     """However small the picture."""
     assert crop_box((0, 0, 0.5, 1), 1, 1) == (0, 0, 1, 1)
     assert crop_box((0.5, 0, 1, 1), 1, 3) == (0, 0, 1, 3)
+
+
+def test_a_map_with_a_byte_order_mark_and_one_too_deep(tmp_path: Path) -> None:
+    """Windows programs write the former; the latter ends in the message of its file."""
+    path = tmp_path / "map.json"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "text"}')
+    assert parse_columns([str(path)])({"text": "a"})["prompt"] == "a"
+    for name, text in (("map.json", "[" * 100_000), ("map.yaml", "[" * 3000)):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(Failure, match=f"{name} must be a readable column map, got"):
+            parse_columns([str(tmp_path / name)])

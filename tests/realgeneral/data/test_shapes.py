@@ -122,3 +122,22 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, cache: Path, capsys: pyt
     cache.write_text("a file where the folder should be")
     assert len(read_shapes(open_source(write_folder(tmp_path / "d", good_rows(2))))) == 2
     assert "picture sizes are not kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["a.heic", "picture", "../outside.png", "sub/b.png"])
+def test_a_replaced_picture_of_any_name_has_its_new_size(tmp_path: Path, name: str) -> None:
+    """Also with the same number of bytes and the old time, as `cp -p` leaves it."""
+    folder = tmp_path / "d"
+    (folder / "sub").mkdir(parents=True)
+    path = folder / name
+    wide, high = (encoded(make_photo(*size)) for size in ((40, 24), (24, 40)))
+    length = max(len(wide), len(high))
+    path.write_bytes(wide.ljust(length, b"\0"))
+    (folder / "metadata.jsonl").write_text(json.dumps({"target": name, "prompt": "a"}) + "\n")
+    source = open_source(str(folder))
+    assert source.stamp()
+    assert read_shapes(source) == [Shape(40, 24, 1)]
+    status = path.stat()
+    path.write_bytes(high.ljust(length, b"\0"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert read_shapes(open_source(str(folder))) == [Shape(24, 40, 1)]

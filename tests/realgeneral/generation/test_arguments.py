@@ -16,16 +16,28 @@ from diffusers import (
 )
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from PIL import Image
+from PIL import Image, ImageOps
 
 from realgeneral import RealGeneralPipeline
 from realgeneral.errors import Failure, UsageError
+from realgeneral.generation import pipeline as pipeline_module
 from realgeneral.model.adapter import save_adapter
 from realgeneral.model.adapter_info import adapter_info
+from realgeneral.pictures import fit_picture
+from realgeneral.tasks import get_task
 from tests.realgeneral.helpers.checkpoints import TEXT_WINDOW
 from tests.realgeneral.helpers.models import TASKS, trained_model
 from tests.realgeneral.helpers.pictures import make_photo
 from tests.realgeneral.helpers.pipelines import PROMPTS, alive, call, seeded
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the pipeline warns of."""
+    said: list[str] = []
+    monkeypatch.setattr(pipeline_module.logger, "warning", said.append)
+    return said
+
 
 # --- numbers, schedulers, parts ------------------------------------------------------------------------------------------
 
@@ -129,3 +141,68 @@ def test_a_foreign_lora_beside_ours(bases: dict[str, Path], pipe: RealGeneralPip
     assert not torch.equal(both, alone)
     with pytest.raises(UsageError, match="an adapter of RealGeneral must be loaded without further arguments, got"):
         pipe.load_lora_weights(tmp_path / "ours", adapter_name="other")
+
+
+# --- help for what is hardly meant ---------------------------------------------------------------------------------------
+
+
+def test_one_condition_serves_several_prompts(pipe: RealGeneralPipeline, photo: Image.Image) -> None:
+    """As if it were given for each."""
+    alive(pipe)
+    one, each = (call(pipe, PROMPTS, condition, generator=seeded(1, 2)) for condition in (photo, [photo, photo]))
+    assert torch.equal(one, each)
+
+
+def test_an_untrained_branch_is_said(pipe: RealGeneralPipeline, photo: Image.Image, warnings: list[str]) -> None:
+    """A pipeline without adapter makes pictures that follow nothing; a branch that was trained says nothing."""
+    call(pipe, "a red pot", photo)
+    assert any("the condition branch is untrained" in line for line in warnings)
+    warnings.clear()
+    alive(pipe)
+    call(pipe, "a red pot", get_task("canny").condition(photo, 0))
+    assert warnings == []
+
+
+@pytest.mark.parametrize(("kind", "message"), [("photo", "of tones between"), ("inverted", "of white"), ("edges", "")])
+def test_a_photograph_as_edges(pipe: RealGeneralPipeline, warnings: list[str], kind: str, message: str) -> None:
+    """A condition of canny that is none is noticed; edges are not."""
+    alive(pipe)
+    grey = Image.linear_gradient("L").convert("RGB")
+    edges = get_task("canny").condition(make_photo(), 0)
+    call(pipe, "a red pot", {"photo": grey, "inverted": ImageOps.invert(edges), "edges": edges}[kind])
+    assert [message in line for line in warnings] == ([True] if message else [])
+
+
+def test_conditions_derived_in_python(bases: dict[str, Path], pipe: RealGeneralPipeline, tmp_path: Path) -> None:
+    """With the adapter's own options, unless others are given; what would be fetched on its word is refused."""
+    photo = make_photo(200, 100)
+    assert pipe.derive_condition(photo, "canny").size == (96, 64)
+    assert pipe.derive_condition(photo, "canny", height=32, width=48).size == (48, 32)
+    info = adapter_info(trained_model(bases["5b"], "cached"), ("canny:low=1,high=2", "depth:model=somebody/depth"), "x")
+    pipe.adapter = info
+    fitted = fit_picture(photo, 96, 64)
+    assert list(pipe.derive_condition(photo, "canny").get_flattened_data()) == list(
+        get_task("canny:low=1,high=2").condition(fitted, 0).get_flattened_data()
+    )
+    assert list(pipe.derive_condition(photo, "canny:low=100,high=200").get_flattened_data()) == list(
+        get_task("canny").condition(fitted, 0).get_flattened_data()
+    )
+    with pytest.raises(
+        UsageError, match="task must name its depth model, depth:model=somebody/depth, since it would be fetched"
+    ):
+        pipe.derive_condition(photo, "depth")
+    with pytest.raises(UsageError, match="task must be one of"):
+        pipe.derive_condition(photo, "cany")
+
+
+def test_a_stopped_run_has_adapters_in_its_checkpoints(
+    pipe: RealGeneralPipeline, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """The error names the newest, and it loads."""
+    model = trained_model(bases["5b"], "cached").float()
+    for step in (2, 4):
+        save_adapter(model, tmp_path / "run" / "checkpoints" / f"step-{step:06d}", adapter_info(model, TASKS, "x"))
+    for folder in (tmp_path / "run", tmp_path / "run" / "adapter"):
+        with pytest.raises(Failure, match=r"the run there was stopped, and .*step-000004 holds an adapter too"):
+            pipe.load_adapter(folder)
+    pipe.load_adapter(tmp_path / "run" / "checkpoints" / "step-000004")

@@ -454,7 +454,7 @@ def test_layer_wise_offload_is_refused(pipe: RealGeneralPipeline) -> None:
         ({"condition": "photo.png"}, "condition must be an image or a list of images, got str"),
         ({"condition": torch.zeros(3, 64, 64)}, "condition must be an image or a list of images, got Tensor"),
         ({"condition": ["photo.png"]}, "condition must be an image or a list of images, got .*str"),
-        ({"prompt": PROMPTS}, r"condition must have one entry per prompt \(2\), got 1"),
+        ({"prompt": PROMPTS, "condition": [make_photo()]}, r"condition must have one entry per prompt \(2\), got 1"),
         ({"prompt": []}, r"prompt must be a string or a list of strings, got \[\]"),
         ({"generator": [torch.Generator()] * 3}, r"generator must be one for all or one per image \(1\), got 3"),
         ({"latents": torch.zeros(1, 2, 4, 8, 12)}, r"latents must have shape \[1, 1, 4, 8, 12\], got \[1, 2, 4, 8, 12\]"),

@@ -95,3 +95,54 @@ def test_metadata_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "t.png").write_bytes(picture(0))
     (tmp_path / "metadata.jsonl").write_bytes(b'\xef\xbb\xbf{"target": "t.png", "prompt": "a"}\r\n')
     assert dataset(str(tmp_path), strict=True)[0].prompt == "a"
+
+
+def test_every_picture_is_a_row_or_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Phones and web pages write .jfif and .avif; what makes no row is said when the data are opened."""
+    for name in ("a.png", "b.jfif", "c.tga"):
+        (tmp_path / name).write_bytes(encoded(make_photo(), {"b.jfif": "JPEG", "c.tga": "TGA"}.get(name, "PNG")))
+        (tmp_path / name).with_suffix(".txt").write_text("a pot")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "d.heic").write_bytes(b"x")
+    (tmp_path / "._a.png").write_bytes(b"\0\5\x16\7")
+    source = open_source(str(tmp_path))
+    assert [source.row_name(i) for i in range(len(source))] == ["a.png", "b.jfif", "c.tga"]
+    assert [source.row(i, 0).prompt for i in range(3)] == ["a pot"] * 3
+    told = capsys.readouterr().err
+    assert "1 folders inside it, whose pictures are not read, such as sub" in told
+    assert "1 files that are neither pictures" in told
+    assert "such as d.heic" in told
+    assert "1 files of macOS beside the pictures, such as ._a.png" in told
+
+
+def test_a_listing_with_the_columns_of_hugging_face(tmp_path: Path) -> None:
+    """The message says which column map reads it, and that map does."""
+    (tmp_path / "p0.png").write_bytes(picture(0))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "p0.png", "text": "a pot"}\n')
+    maps = "--columns target=file_name prompt=text"
+    with pytest.raises(Failure, match=f"must have a prompt string, got the keys .*; {maps} maps them"):
+        open_source(str(tmp_path)).record(0, 0)
+    assert open_source(str(tmp_path), maps.split()[1:]).row(0, 0).prompt == "a pot"
+
+
+def test_names_do_nothing_to_a_terminal(tmp_path: Path) -> None:
+    """Control characters in a name are shown as escapes; the file is read all the same."""
+    name = "red\x1b[31m\npot.png"
+    (tmp_path / name).write_bytes(picture(0))
+    source = open_source(str(tmp_path))
+    shown = r"red\x1b[31m\npot"
+    assert source.row_name(0) == f"{shown}.png"
+    with pytest.raises(Failure) as caught:
+        source.record(0, 0)
+    assert str(caught.value) == f"{shown}.png must have a caption {shown}.txt beside it, got none"
+    (tmp_path / name).with_suffix(".txt").write_text("a pot")
+    assert source.row(0, 0).name == f"{shown}.png"
+
+
+def test_a_caption_of_megabytes_is_none(tmp_path: Path) -> None:
+    """A file that is not read whole."""
+    (tmp_path / "a.png").write_bytes(picture(0))
+    with (tmp_path / "a.txt").open("wb") as file:
+        file.truncate(2**20 + 1)
+    with pytest.raises(Failure, match=r"a.png must have a caption of at most 1048576 bytes, got 1048577"):
+        open_source(str(tmp_path)).record(0, 0)

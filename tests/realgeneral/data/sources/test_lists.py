@@ -177,3 +177,11 @@ def test_trains_on_avatars_and_emoji(tmp_path: Path) -> None:
     path = mixture(tmp_path, [{"data": "a", "repeat": 2, "task": "colouring"}])
     done = precompute(PrecomputeConfig(data=path, tasks=["colouring"], output=str(tmp_path / "store")))
     assert (done["rows"], done["bad"]) == (2, [])
+
+
+def test_a_list_with_a_byte_order_mark(tmp_path: Path) -> None:
+    """Windows programs write one."""
+    write_folder(tmp_path / "d", good_rows(2))
+    path = tmp_path / "list.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps([{"data": "d"}]).encode())
+    assert len(open_source(str(path))) == 2

@@ -86,3 +86,50 @@ def test_compressed_tar_is_refused(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(path.read_bytes()))
     with pytest.raises(Failure, match="uncompressed tar"):
         open_source(str(path))
+
+
+def write_members(path: Path, members: list[tuple[str, bytes | str]]) -> str:
+    """Text is the name of the member that a hard link is to."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(data, str):
+                info.type, info.linkname = tarfile.LNKTYPE, data
+                tar.addfile(info)
+            else:
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:
+    """Windows programs put one before a caption and before JSON."""
+    mark = b"\xef\xbb\xbf"
+    members = [
+        ("a.png", picture(0)),
+        ("a.txt", mark + b"red\r\n"),
+        ("b.png", picture(1)),
+        ("b.json", mark + b'{"prompt": "x"}'),
+    ]
+    source = open_source(write_members(tmp_path / "d.tar", members))
+    assert [source.record(i, 0).prompt for i in range(2)] == ["red", "x"]
+
+
+def test_hard_links_and_notes_of_macos(tmp_path: Path) -> None:
+    """`tar` stores a file's second name as a link; `._` members are no rows."""
+    members = [("._a.png", b"x"), ("a.png", picture(0)), ("a.txt", b"red"), ("b.png", "a.png"), ("b.txt", "a.txt")]
+    source = open_source(write_members(tmp_path / "d.tar", members))
+    assert [source.row_name(i) for i in range(len(source))] == ["d.tar a", "d.tar b"]
+    assert source.row(1, 0).target.tobytes() == source.row(0, 0).target.tobytes()
+    assert source.row(1, 0).prompt == "red"
+
+
+def test_dots_in_the_names_of_pictures(tmp_path: Path) -> None:
+    """Two pictures of one key are told as such, not as a row without a target."""
+    source = open_source(
+        write_members(tmp_path / "d.tar", [("22.05.png", picture(0)), ("22.06.png", picture(1)), ("22.txt", b"a")])
+    )
+    with pytest.raises(
+        Failure, match=r"d.tar 22 must have a target picture KEY.SUFFIX, got members \['05.png', '06.png'\] of that"
+    ):
+        source.record(0, 0)
