@@ -216,7 +216,7 @@ def test_a_stopped_run_has_adapters_in_its_checkpoints(
         ("negative_prompt", 2, "negative_prompt must be a string or a list of strings, got 2"),
         ("subject", object, "subject must be a string or a list of strings, got <class 'object'>"),
         ("prompt_embeds", 3, "prompt_embeds must be a tensor of several dimensions, got 3"),
-        ("negative_prompt_embeds", torch.tensor(1.0), "negative_prompt_embeds must be a tensor of several dimensions, got tensor"),
+        ("negative_prompt_embeds", torch.tensor(1.0), "negative_prompt_embeds must be a tensor of several"),
         ("latents", [1], "latents must be a tensor of several dimensions, got [1]"),
         ("callback_on_step_end", "x", "callback_on_step_end must be a function, got 'x'"),
         ("callback_on_step_end_tensor_inputs", 1, "callback_on_step_end_tensor_inputs must be a list of names, got 1"),
