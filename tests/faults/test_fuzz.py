@@ -10,6 +10,7 @@ import random
 import re
 import resource
 import signal
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields
