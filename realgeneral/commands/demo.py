@@ -6,9 +6,11 @@ starts from the base on one task, with its loss curve and pictures before and af
 
 from __future__ import annotations
 
+import contextlib
 import json
-import tempfile
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from realgeneral.evaluation.nano_table import (
     table_pairs,
     task_pairs,
 )
-from realgeneral.files import check_output, write_json
+from realgeneral.files import check_output, locked, write_json
 from realgeneral.generation.arguments import check_steps
 from realgeneral.generation.bases import check_kernels, open_base, use_kernels
 from realgeneral.generation.pipeline import RealGeneralPipeline
@@ -54,13 +56,23 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     output = Path(config.output)
     metrics: dict[str, Any] = {"generation": show_tasks(config, output)}
     if config.train_steps:
-        # a new folder of its own: whatever else is in the output is the user's
-        with tempfile.TemporaryDirectory(prefix="training-", dir=output) as run:
-            metrics["training"] = show_training(config, spec, output, run)
+        with scratch(output / "training.partial") as run:
+            metrics["training"] = show_training(config, spec, output, str(run))
     metrics["seconds"] = round(time.perf_counter() - began, 1)
     write_json(output / "metrics.json", metrics)
     print(report(metrics, output))
     return metrics
+
+
+@contextlib.contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A folder for a while, without what a killed process left in it; whatever else is beside it is the user's."""
+    with locked(folder.parent, folder.name):
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_pipeline(adapter: str | None, config: DemoConfig) -> RealGeneralPipeline:

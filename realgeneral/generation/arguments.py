@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,21 @@ from realgeneral.model.condition import ConditionCache
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_INPUTS = ("latents", "prompt_embeds")
 Conditions = Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]]
+
+
+def check_kinds(texts: dict[str, Any], tensors: dict[str, Any], callback: Any, callback_inputs: Any) -> None:
+    """Texts are strings or several of them, features and latents tensors, the callback a function and its inputs names."""
+    for name, value in texts.items():
+        if value is not None and not isinstance(value, Iterable):
+            raise UsageError(f"{name} must be a string or a list of strings, got {value!r}")
+    for name, value in tensors.items():
+        if value is not None and not (isinstance(value, Tensor) and value.ndim):
+            raise UsageError(f"{name} must be a tensor of several dimensions, got {value!r}")
+    if callback is not None and not callable(callback):
+        raise UsageError(f"callback_on_step_end must be a function, got {callback!r}")
+    names = callback_inputs if isinstance(callback_inputs, list | tuple) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise UsageError(f"callback_on_step_end_tensor_inputs must be a list of names, got {callback_inputs!r}")
 
 
 def prompt_list(prompt: str | Sequence[str] | None, embeds: Tensor | None) -> list[str]:
@@ -220,6 +235,7 @@ class Call:
         negative_prompt: str | Sequence[str] | None,
         prompt_embeds: Tensor | None,
         negative_prompt_embeds: Tensor | None,
+        latents: Tensor | None,
         height: int | None,
         width: int | None,
         num_inference_steps: int,
@@ -236,6 +252,10 @@ class Call:
         """Check what `RealGeneralPipeline.__call__` was given, in its words; UsageError says what would fit."""
         check_parts(pipe)
         check_scheduler(pipe.scheduler, pipe.snr_shift_scale)
+        texts = {"prompt": prompt, "negative_prompt": negative_prompt, "subject": subject}
+        embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        asked = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        check_kinds(texts, {**embeds, "latents": latents}, callback_on_step_end, asked)
         prompts = prompt_list(prompt, prompt_embeds)
         whole = {"num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt}
         optional = {"height": height, "width": width, "max_sequence_length": max_sequence_length}
@@ -247,9 +267,7 @@ class Call:
         size = pipe.image_size(height, width)
         negatives = as_list(negative_prompt, len(prompts))
         _check_prompts(prompts, negatives)
-        embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         check_embeds(len(prompts), pipe.transformer.geometry.text_dim, **embeds)
-        asked = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         check_choices(output_type, asked)
         check_steps("num_inference_steps", num_inference_steps, pipe.scheduler)
         check_at_least_one("num_images_per_prompt", num_images_per_prompt)

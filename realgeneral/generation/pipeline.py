@@ -249,6 +249,7 @@ class RealGeneralPipeline(CogVideoXPipeline):
             negative_prompt=negative_prompt,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
+            latents=latents,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,

@@ -34,6 +34,7 @@ def test_demo(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tra
     monkeypatch.setattr(nano_assets, "ASSETS", assets)
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "mine.txt").write_text("a user's own")
+    (tmp_path / "training.partial" / "run").mkdir(parents=True)  # of a demo that was killed
     config = DemoConfig(output=str(tmp_path), concepts=2, steps=1, train_steps=train_steps, train_task="colouring")
     demo(config)
     made = {p.name for p in tmp_path.iterdir() if p.is_file()}

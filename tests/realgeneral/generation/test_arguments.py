@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,22 @@ def test_a_stopped_run_has_adapters_in_its_checkpoints(
         with pytest.raises(Failure, match=r"the run there was stopped, and .*step-000004 holds an adapter too"):
             pipe.load_adapter(folder)
     pipe.load_adapter(tmp_path / "run" / "checkpoints" / "step-000004")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("prompt", 1.5, "prompt must be a string or a list of strings, got 1.5"),
+        ("negative_prompt", 2, "negative_prompt must be a string or a list of strings, got 2"),
+        ("subject", object, "subject must be a string or a list of strings, got <class 'object'>"),
+        ("prompt_embeds", 3, "prompt_embeds must be a tensor of several dimensions, got 3"),
+        ("negative_prompt_embeds", torch.tensor(1.0), "negative_prompt_embeds must be a tensor of several"),
+        ("latents", [1], "latents must be a tensor of several dimensions, got [1]"),
+        ("callback_on_step_end", "x", "callback_on_step_end must be a function, got 'x'"),
+        ("callback_on_step_end_tensor_inputs", 1, "callback_on_step_end_tensor_inputs must be a list of names, got 1"),
+    ],
+)
+def test_kinds(pipe: RealGeneralPipeline, photo: Image.Image, name: str, value: Any, message: str) -> None:
+    """An argument of another type is refused in its own words."""
+    with pytest.raises(UsageError, match=re.escape(message)):
+        pipe(**{"prompt": "a red pot", "condition": photo, "task": "canny", name: value})
