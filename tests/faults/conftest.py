@@ -1,7 +1,16 @@
-"""The fixtures of realgeneral's tests that faults need."""
+"""Fixtures of the tests of faults."""
 
 from __future__ import annotations
 
-from tests.realgeneral.conftest import _one_thread, fresh_accelerate
+from collections.abc import Iterator
 
-__all__ = ["_one_thread", "fresh_accelerate"]
+import pytest
+
+from tests.realgeneral.helpers.accelerate import reset_accelerate
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    reset_accelerate()
+    yield
+    reset_accelerate()
