@@ -40,17 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"realgeneral: command must be one of {list(COMMANDS)}, got {command!r}", file=sys.stderr)
         return 2
+    config: Any = None
     try:
         _, settings, run = COMMANDS[command]
         module, _, name = settings.partition(":")
         # options first: the models' libraries take seconds to import
-        run(parse(getattr(importlib.import_module(module), name), f"realgeneral {command}", rest))
+        config = parse(getattr(importlib.import_module(module), name), f"realgeneral {command}", rest)
+        run(config)
         return 0
     except KeyboardInterrupt:
         print(f"realgeneral {command}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:  # the last line of defence: every error is one line, the traceback on demand
-        if any(argument.partition("=")[0] == "--debug" for argument in rest):
+        if getattr(config, "debug", False):
             traceback.print_exc()
         text = " ".join(_words(error).split()) or type(error).__name__
         known = isinstance(error, (UsageError, Failure, OSError))

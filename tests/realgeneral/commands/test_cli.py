@@ -387,6 +387,11 @@ def test_debug_shows_the_traceback(work: dict[str, str], capsys: pytest.CaptureF
     assert err.strip().splitlines()[-1].startswith("realgeneral generate: ")
 
 
+def test_debug_false_shows_none(work: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """It is what it says."""
+    fails(capsys, [*generate_args(work, picture=f"{work['root']}/nothing.png"), "--debug", "false"], 1)
+
+
 def test_unforeseen_errors_are_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """An error of a library, of several lines, is one line with its type, status 1; an interrupt is 130."""
 
