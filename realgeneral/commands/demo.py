@@ -55,8 +55,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     spec = read_adapter_info("nano").task_spec(config.train_task)
     output = Path(config.output)
     metrics: dict[str, Any] = {"generation": show_tasks(config, output)}
-    if config.train_steps:
-        with scratch(output / "training.partial") as run:
+    with scratch(output / "training.partial") as run:
+        if config.train_steps:
             metrics["training"] = show_training(config, spec, output, str(run))
     metrics["seconds"] = round(time.perf_counter() - began, 1)
     write_json(output / "metrics.json", metrics)

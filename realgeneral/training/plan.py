@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -188,7 +189,7 @@ def check_training(config: TrainConfig, source: Source, device: torch.device) ->
         print(
             f"warmup_steps is {config.warmup_steps} and the run has {config.steps} steps: "
             f"the learning rate ends at {config.steps / config.warmup_steps:.2g} of --learning-rate",
-            flush=True,
+            file=sys.stderr,
         )
     base = open_base(config.base)
     if config.init_adapter:
