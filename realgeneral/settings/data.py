@@ -31,11 +31,11 @@ class DataSettings(Settings):
     columns: list[str] = option(COLUMNS_HELP, many=())
     allow_outside: bool = option(OUTSIDE_HELP, False)
     tasks: list[str] = option('task specs such as canny or "deblurring:radius=16"; rows that name a task use it', many=())
-    height: int = option("pixels; 0 = the base's own size", 0)
-    width: int = option("pixels; 0 = the base's own size", 0)
+    height: int = option("height in pixels; 0: the base's own", 0)
+    width: int = option("width in pixels; 0: the base's own", 0)
     buckets: list[str] = option(BUCKETS_HELP, many=())
     truncate_prompts: bool = option(TRUNCATE_HELP, False)
-    num_workers: int = option("data-loading processes; 0 = in this one", 0)
+    num_workers: int = option("number of data-loading processes; 0: none beside this one", 0)
     debug: bool = option("show the traceback of an error", False, group="run")
 
     def __post_init__(self) -> None:
@@ -48,13 +48,13 @@ class DataSettings(Settings):
 class PrecomputeConfig(DataSettings):
     """Encode the pictures and prompts of a data set once, for training with --precomputed."""
 
-    output: str = option("folder of the store; entries that are there already are kept", "outputs/precomputed", group="store")
-    variants: int = option("draws per row of what is random (the hole of inpainting)", 4)
-    mixed_precision: Literal["no", "bf16"] = option("as in training", "no")
+    output: str = option("folder of the store; existing entries are kept", "outputs/precomputed", group="store")
+    variants: int = option("number of random draws per row, for tasks such as inpainting", 4)
+    mixed_precision: Literal["no", "bf16"] = option("precision of the encoders, as in training", "no")
     shard: str = option('this process\' part, "i/n" from 0; default: RANK and WORLD_SIZE as torchrun sets them', "")
-    shard_megabytes: int = option("size of a file", 256)
+    shard_megabytes: int = option("size of a shard in megabytes", 256)
     encode_batch: int = option(
-        "pictures, and prompts, encoded together; with more than 1, last bits differ from on-the-fly ones", 1
+        "number of pictures, or prompts, encoded together; above 1 the last bits differ from training on the fly", 1
     )
     strict: bool = option("stop at the first bad row instead of noting it", False)
 
@@ -68,9 +68,9 @@ class CheckDataConfig(DataSettings):
     """Read a whole data set and report what training would meet; exit status 1 if a row is bad or training would stop."""
 
     batch_size: int = option(
-        "as in training: rows that fill up the last batch of a bucket are counted, with --buckets", 8, group="report"
+        "batch size of training; with --buckets, the rows that fill up last batches are counted", 8, group="report"
     )
-    headers_only: bool = option("do not decode the pictures: much faster, but a truncated one is not found", False)
+    headers_only: bool = option("read headers only: much faster, but truncated pictures are not found", False)
     report: str = option("also write the report as JSON", "")
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ ONLY_FOR = {
 class EvaluateConfig(Settings):
     """Scores of an adapter: the table of nano, or one of the paper's protocols on a folder (docs/evaluation.md)."""
 
-    protocol: Literal["nano", "customization", "canny", "depth"] = option("what to evaluate", "nano", group="what is scored")
+    protocol: Literal["nano", "customization", "canny", "depth"] = option("protocol to run", "nano", group="what is scored")
     adapter: str = option('adapter folder, or "nano"', "nano")
     base: str = option('CogVideoX checkpoint (folder or hub id), or "nano"', "nano")
     output: str = option(
@@ -34,7 +34,9 @@ class EvaluateConfig(Settings):
     )
     tasks: list[str] = option("nano: task names; default: all of the adapter's", many=())
     concepts: int = option("nano: concepts per task", 150)
-    split: Literal["held_out", "train"] = option("nano: which concepts; choose settings on train, report held_out", "held_out")
+    split: Literal["held_out", "train"] = option(
+        "nano: split of the concepts; choose settings on train, report held_out", "held_out"
+    )
     data: str = option(
         "DreamBench-shaped folder (customization), COCO-shaped folder or training data (canny, depth)",
         "",
@@ -49,15 +51,15 @@ class EvaluateConfig(Settings):
         'canny, depth: "inception", its .pth file, "efficientnet-lite0", an image model (folder or hub id), or "none"',
         "inception",
     )
-    images_per_prompt: int = option("pictures for each case of a protocol", 1)
-    limit: int = option("only this many pictures of a protocol, a fixed random choice; 0 = all", 0)
+    images_per_prompt: int = option("number of pictures per case of a protocol", 1)
+    limit: int = option("number of pictures of a protocol, chosen at random once; 0: all", 0)
     truncate_prompts: bool = option(f"protocols: {TRUNCATE_HELP}", False)
-    height: int = option("pixels of a protocol's pictures; 0 = the base's own size", 0)
-    width: int = option("pixels; 0 = the base's own size", 0)
+    height: int = option("height in pixels of a protocol's pictures; 0: the base's own", 0)
+    width: int = option("width in pixels; 0: the base's own", 0)
     steps: int | None = option(STEPS_HELP, group="sampling")
     guidance_scale: float | None = option(f"{GUIDANCE_HELP}; {GUIDANCE} for other bases")
     image_guidance_scale: float | None = option(f"{IMAGE_GUIDANCE_HELP}; {IMAGE_GUIDANCE} for other bases")
-    batch_size: int = option("images at once", 25)
+    batch_size: int = option("number of images per batch", 25)
     dtype: Literal["float32", "bfloat16", "float16"] = option(
         "dtype of the models of a protocol", "float32", group="memory and speed"
     )

@@ -21,20 +21,22 @@ class TrainConfig(DataSettings):
         "relative frequency of each task, for rows that name none; default: equal", many=(), group="data"
     )
     output: str = option("folder for checkpoints, samples, logs and the final adapter", "outputs/train", group="run")
-    preset: Literal["paper", "cached", "open"] = option("how condition tokens take part", "cached", group="method")
+    preset: Literal["paper", "cached", "open"] = option(
+        "role of the condition: cached (computed once), paper (as published) or open (nothing blocked)",
+        "cached",
+        group="method",
+    )
     precomputed: str = option(
         "folder of realgeneral precompute: the text encoder is not loaded, the VAE for sample grids alone", "", group="data"
     )
-    variants: int = option("draws per row of what is random (the hole of inpainting); 0 = a new one each time", 0)
+    variants: int = option("number of random draws per row, for tasks such as inpainting; 0: a new one each time", 0)
     rank: int = option("LoRA rank", 64, group="method")
     alpha: float = option("LoRA alpha; 0 = rank", 0.0)
     lora_targets: list[str] = option("linear layers that get a LoRA", many=LORA_TARGETS)
     init_adapter: str = option(
         "start from this adapter instead of a fresh one; it may be of other weights, and lora_targets may name more layers", ""
     )
-    ablation: Literal["none", "shared-adaln", "no-embedding"] = option(
-        "leave a part of the method at its start, untrained", "none"
-    )
+    ablation: Literal["none", "shared-adaln", "no-embedding"] = option("part of the method that stays untrained", "none")
     steps: int = option("optimizer steps", 1000, group="optimization")
     batch_size: int = option("samples per device and micro-step", 8)
     gradient_accumulation_steps: int = option("micro-steps per optimizer step", 1)
@@ -79,7 +81,7 @@ class TrainConfig(DataSettings):
     resume: bool = option("continue from the newest checkpoint in --output, if there is one", False, group="run")
     strict: bool = option("stop at the first bad row instead of skipping it", False)
     tracker: Literal["none", "tensorboard", "wandb"] = option(
-        "where the curves go besides metrics.jsonl", "none", group="progress"
+        "tracker of the curves, beside metrics.jsonl", "none", group="progress"
     )
     tensorboard: bool = option("the same as --tracker tensorboard", False)
 
