@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -185,12 +184,6 @@ def check_training(config: TrainConfig, source: Source, device: torch.device) ->
     """
     check_kernels(config.fused_kernels, device)
     check_optimizer(config, device)
-    if config.warmup_steps > config.steps and not device.index:
-        print(
-            f"warmup_steps is {config.warmup_steps} and the run has {config.steps} steps: "
-            f"the learning rate ends at {config.steps / config.warmup_steps:.2g} of --learning-rate",
-            file=sys.stderr,
-        )
     base = open_base(config.base)
     if config.init_adapter:
         check_fits(base.transformer, read_adapter_info(config.init_adapter), config.preset)

@@ -190,6 +190,12 @@ def plan_memory(
     budget, size = max(zip(budgets, sizes, strict=True), key=lambda pair: pair[0].total)
     if engine.is_main:
         print(f"needs {budget} ({size})", flush=True)
+        if config.warmup_steps > config.steps:
+            print(
+                f"warmup_steps is {config.warmup_steps} and the run has {config.steps} steps: "
+                f"the learning rate ends at {config.steps / config.warmup_steps:.2g} of --learning-rate",
+                flush=True,
+            )
     return itertools.chain([first], batches), budget
 
 
